@@ -1,0 +1,1 @@
+"""Timed comparisons with the peers."""

@@ -1,0 +1,1 @@
+"""From files to token ids: reading, format detection, templates and loss masks."""

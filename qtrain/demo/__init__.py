@@ -1,0 +1,1 @@
+"""The demo: a real small model and data whose answers a program can check."""

@@ -1,0 +1,1 @@
+"""Exact checks, generation, comparison of runs."""

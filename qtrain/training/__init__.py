@@ -1,0 +1,1 @@
+"""SFT and DPO on transformers.Trainer, with exact resume."""
