@@ -1,0 +1,154 @@
+"""Loading a base model: 4-bit NF4 through bitsandbytes or 16-bit, frozen, ready for an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qtrain.errors import UserError
+from qtrain.recipe.schema import ModelSettings
+
+from .attention import AttentionChoice, choose_attention
+from .devices import Compute, choose_compute
+from .logprob import attach_logprob_forward
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A loaded base model and the choices made for it."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    folder: str  # local folder or hub name that it was loaded from
+    compute: Compute
+    attention: AttentionChoice
+
+
+def base_folder(name: str) -> str:
+    """The folder or hub name behind `model.name`; `demo` is converted on first use.
+
+    Raises:
+        UserError: the name looks like a path, and there is no model in it.
+    """
+    if name == "demo":
+        from qtrain.demo.base_model import demo_model_folder
+
+        return str(demo_model_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: {name} holds no config.json; give a model folder or a hub name")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name: there is no folder {name}; give a model folder or a hub name (owner/name)")
+    return name
+
+
+def load_tokenizer(folder: str, settings: ModelSettings) -> Any:
+    """The tokenizer of a base model, with a pad token (padding is masked by position, so any will do)."""
+    with _loading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings, *, packing: bool = True, local_rank: int = 0) -> Base:
+    """Load and freeze the base model; its forward can return label log-probs.
+
+    Raises:
+        UserError: no such model, or it can't be read.
+    """
+    folder = base_folder(settings.name)
+    compute = choose_compute(settings, local_rank)
+    tokenizer = load_tokenizer(folder, settings)
+    with _loading(folder):
+        config = AutoConfig.from_pretrained(
+            folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+        attention = choose_attention(settings, config, packing)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=compute.dtype,
+            device_map={"": compute.device},
+            attn_implementation=attention.implementation,
+            quantization_config=_quantization(settings, compute),
+        )
+    freeze(model)
+    keep_nf4_layout(model)
+    attach_logprob_forward(model)
+    return Base(model, tokenizer, folder, compute, attention)
+
+
+def _quantization(settings: ModelSettings, compute: Compute) -> BitsAndBytesConfig | None:
+    if settings.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=compute.dtype,
+    )
+
+
+def freeze(model: nn.Module) -> None:
+    """Only the adapter learns."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def keep_nf4_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16.
+
+    Its first forward in eval mode would rewrite every `Linear4bit` in place into a layout that has no
+    backward: after an evaluation, training would crash or silently stop learning.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def _loading(folder: str) -> Iterator[None]:
+    """No progress bars of transformers' own, and one line for a model that can't be had."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {folder} can't be loaded: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a packed 4-bit weight counts as the weights that it holds."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
