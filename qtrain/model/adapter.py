@@ -25,7 +25,7 @@ def new_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel:
         _check_targets(model, targets)
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
         use_rslora=settings.rslora,

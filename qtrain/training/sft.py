@@ -1,0 +1,22 @@
+"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .batch import Batch
+from .trainer import LogprobTrainer, Tally
+
+
+class SftTrainer(LogprobTrainer):
+    """loss = - sum over supervised tokens of logp / number of supervised tokens in the window."""
+
+    def normaliser(self, batch: Batch) -> int:
+        """Supervised tokens."""
+        return sum(batch["lengths"])
+
+    def summed_loss(self, model: nn.Module, batch: Batch, tally: Tally) -> Tensor:
+        """Negative log-likelihood of the batch, summed over tokens."""
+        logp = self.logps(model, batch)
+        tally.add_batch(batch, self.normaliser(batch))
+        return -logp.sum()
