@@ -8,12 +8,19 @@ folder answers to the name of Hugging Face's `kernels` and is imported to look f
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backends import BackendChoice as BackendChoice
+    from .backends import backends as backends
     from .linear_logprob import LogprobOutput as LogprobOutput
     from .linear_logprob import linear_logprob as linear_logprob
 
-_HOME = {"linear_logprob": "linear_logprob", "LogprobOutput": "linear_logprob"}
+_HOME = {
+    "BackendChoice": "backends",
+    "backends": "backends",
+    "LogprobOutput": "linear_logprob",
+    "linear_logprob": "linear_logprob",
+}
 
-__all__ = ["LogprobOutput", "linear_logprob"]
+__all__ = ["BackendChoice", "LogprobOutput", "backends", "linear_logprob"]
 
 
 def __getattr__(name: str) -> Any:

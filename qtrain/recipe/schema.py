@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -18,7 +18,9 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A part of the recipe: an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSettings(Section):
@@ -72,6 +74,11 @@ class DataSettings(Section):
         False, description="write bad rows to bad_rows.jsonl in the run directory and go on"
     )
 
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
 
 class DpoSettings(Section):
     """Direct preference optimisation (Rafailov et al. 2023) and its relatives."""
@@ -122,8 +129,13 @@ class Recipe(Section):
     dpo: DpoSettings = Field(default_factory=DpoSettings)
     kernels: Literal["auto", "off"] = Field("auto", description="`off`: the plain PyTorch paths everywhere")
     parent: Path | None = Field(None, description="a run whose adapter this one continues (--from)")
-    out: Path = Field(Path("runs/v1"), description="the run directory")
+    out: Path | None = Field(None, description="the run directory; the next free runs/vN by default")
     limit: Positive | None = Field(None, description="use only the first N rows: the small trial")
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _check_data(self) -> Recipe:

@@ -1,0 +1,54 @@
+"""The command line. Modules here import torch and its company only inside the commands that need them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from qtrain.errors import QtrainError
+
+from . import chat, compare, data, env, evaluate, run, runs
+from .terminal import print_error
+
+app = typer.Typer(
+    name="qtrain",
+    help="Fine-tune a 4-bit LLM on one card: data, SFT, DPO, measured. Start with: qtrain run --4bit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+app.command("run")(run.run)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("runs")(runs.runs)
+app.command("chat")(chat.chat)
+app.command("env")(env.env)
+app.add_typer(data.app, name="data")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from qtrain import __version__
+
+        typer.echo(f"qtrain {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr, never a traceback."""
+    # bitsandbytes logs, when imported, that it found no hub kernels for CPUs; qtrain uses none
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        app()
+    except QtrainError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # `qtrain runs | head`
+        sys.exit(141)
