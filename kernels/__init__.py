@@ -8,16 +8,16 @@ folder answers to the name of Hugging Face's `kernels` and is imported to look f
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends import BackendChoice as BackendChoice
-    from .backends import backends as backends
-    from .linear_logprob import LogprobOutput as LogprobOutput
-    from .linear_logprob import linear_logprob as linear_logprob
+    from .choice import BackendChoice as BackendChoice
+    from .choice import backends as backends
+    from .logprob import LogprobOutput as LogprobOutput
+    from .logprob import linear_logprob as linear_logprob
 
 _HOME = {
-    "BackendChoice": "backends",
-    "backends": "backends",
-    "LogprobOutput": "linear_logprob",
-    "linear_logprob": "linear_logprob",
+    "BackendChoice": "choice",
+    "backends": "choice",
+    "LogprobOutput": "logprob",
+    "linear_logprob": "logprob",
 }
 
 __all__ = ["BackendChoice", "LogprobOutput", "backends", "linear_logprob"]
