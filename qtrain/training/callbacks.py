@@ -63,8 +63,7 @@ class MetricsFile(TrainerCallback):
             line["peak_memory_mib"] = round(peak_memory_mib(), 1)
             self._since = now
         if "eval_loss" in line:
-            line["eval_perplexity"] = math.exp(min(line["eval_loss"], 700.0))
-            self._since = time.perf_counter()
+            self._since = time.perf_counter()  # the evaluation's time is not the next steps'
         self.last = self.last | line
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
@@ -76,6 +75,38 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # cut off by a kill: written again
+
+
+class TensorBoard(TrainerCallback):
+    """The numbers of metrics.jsonl as TensorBoard scalars, with the same names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the event file; what lies beyond the step that the run goes on from is purged."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the scalars."""
+        if self.writer is None:
+            return
+        for name, value in (logs or {}).items():
+            group = "eval" if name.startswith("eval_") else "train"
+            self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
+        self.writer.flush()
 
 
 class ProgressBar(TrainerCallback):

@@ -44,6 +44,7 @@ def commit(folder: Path, step: int, keep: int) -> Path:
     """Checksum the written checkpoint, give it its name, and remove all but the newest `keep`."""
     written = partial_parent(folder) / f"checkpoint-{step}"
     final = folder / f"checkpoint-{step}"
+    (written / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
     write_checksums(written)
     if final.exists():  # a damaged one of the same step, from before a resume
         shutil.rmtree(final)

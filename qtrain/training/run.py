@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PrinterCallback
-from transformers.integrations import TensorBoardCallback
 
 from qtrain.errors import UserError
 from qtrain.recipe.load import dump_recipe, load_recipe
@@ -21,7 +20,7 @@ from qtrain.runs.manifest import adapter_hash, base_hashes, provenance
 from qtrain.runs.rundir import RunDir, open_run
 
 from . import checkpoint
-from .callbacks import MetricsFile, PlainProgress, ProgressBar, StopOnSignal
+from .callbacks import MetricsFile, PlainProgress, ProgressBar, StopOnSignal, TensorBoard
 from .distributed import local_rank, main_process, requested, wrapping
 from .dpo import DpoTrainer
 from .prepare import Data, Prepared, Say, prepare_data, prepare_model, training_arguments, use_checkpointing
@@ -132,6 +131,7 @@ def _finish(trainer: LogprobTrainer, run: RunDir) -> dict[str, Any]:
         partial = run.path / ".adapter.partial"
         shutil.rmtree(partial, ignore_errors=True)
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(partial))
+        (partial / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
         write_checksums(partial)
         shutil.rmtree(run.adapter, ignore_errors=True)
         partial.replace(run.adapter)
@@ -148,7 +148,7 @@ def _make_trainer(
     callbacks: list[Any] = [metrics, stop]
     if main_process():
         callbacks.append(ProgressBar(console, metrics) if console.is_terminal else PlainProgress(say, metrics))
-        callbacks.append(TensorBoardCallback(_tensorboard(run)))
+        callbacks.append(TensorBoard(run.tensorboard))
     arguments: dict[str, Any] = {
         "run": run,
         "model": prepared.model,
@@ -170,12 +170,6 @@ def _make_trainer(
             trainer.eval_reference = _reference(recipe, run, data.held_out, prepared, trainer, console, "held-out")
     trainer.remove_callback(PrinterCallback)
     return trainer, stop
-
-
-def _tensorboard(run: RunDir) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.tensorboard))
 
 
 def _reference(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from .batch import Batch
@@ -20,3 +22,9 @@ class SftTrainer(LogprobTrainer):
         logp = self.logps(model, batch)
         tally.add_batch(batch, self.normaliser(batch))
         return -logp.sum()
+
+    def _drain(self, tally: Tally) -> dict[str, float]:
+        means = super()._drain(tally)
+        if "loss" in means:  # an evaluation
+            means["perplexity"] = math.exp(min(means["loss"], 700.0))
+        return means
