@@ -88,6 +88,8 @@ def load_base(settings: ModelSettings, *, packing: bool = True, local_rank: int 
             quantization_config=_quantization(settings, compute),
         )
     freeze(model)
+    if compute.device.type == "cpu":
+        detach_from_files(model)
     keep_nf4_layout(model)
     attach_logprob_forward(model)
     return Base(model, tokenizer, folder, compute, attention)
@@ -108,6 +110,16 @@ def freeze(model: nn.Module) -> None:
     """Only the adapter learns."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def detach_from_files(model: nn.Module) -> None:
+    """Copy weights that are mapped from the checkpoint's files into memory of the process.
+
+    A mapped weight changes when its file does, and is read from disk in the middle of the first step.
+    """
+    for parameter in model.parameters():
+        if getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.clone()
 
 
 def keep_nf4_layout(model: nn.Module) -> None:
