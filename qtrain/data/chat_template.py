@@ -114,7 +114,8 @@ def unlike_prompt(prompt: str, text: str) -> str:
     shared = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
     return (
         f"the chat template's prompt for an answer goes on with {shorten(repr(prompt[shared:]), 50)}, which "
-        "is not what it writes before the answer itself: set data.chat_template to chatml or a corrected Jinja file"
+        "is not what it writes before the answer itself: set data.chat_template to chatml or to a "
+        "corrected Jinja file"
     )
 
 

@@ -99,30 +99,28 @@ def _encode_file(
 ) -> FileReport:
     report = FileReport(reader.name, reader.format.name, reader.reason)
     problems: list[str] = []
-    rows = iter(reader)
-    while limit is None or report.rows < limit:
-        try:
-            row = next(rows)
-        except StopIteration:
-            break
-        except DataError as error:
-            if not problems:
-                raise
-            # What the reader collected, joined with what could be read but not encoded.
-            merged = sorted([*error.problems, *problems], key=_line_of)
-            raise DataError(_summary(reader, merged), merged) from None
-        try:
-            for encoded in _encode(row, encoder):
-                store.append(encoded)
-                report.count(encoded)
+    try:
+        for row in reader:
+            try:
+                for encoded in _encode(row, encoder):
+                    store.append(encoded)
+                    report.count(encoded)
+            except DataError as error:
+                if on_problem is None:
+                    problems.extend(error.problems)
+                else:
+                    report.skipped += 1
+                    on_problem(error.problems[0], _as_dict(row))
+                continue
             report.rows += 1
             special.look(row)
-        except DataError as error:
-            if on_problem is None:
-                problems.extend(error.problems)
-            else:
-                report.skipped += 1
-                on_problem(error.problems[0], _as_dict(row))
+            if report.rows == limit:
+                reader.finish()
+                break
+    except DataError as error:
+        if not problems:
+            raise
+        problems = sorted([*error.problems, *problems], key=_line_of)
     if problems:
         raise DataError(_summary(reader, problems), problems)
     report.skipped += reader.bad

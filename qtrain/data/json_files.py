@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
-from qtrain.data.records import BadRow, Record, Records, StrictDecoder, as_record, escaped_byte
+from qtrain.data.records import BadRow, Record, Records, StrictDecoder, as_record, escaped_byte, unreadable
 from qtrain.data.rows import Source
-from qtrain.errors import UserError
 
 _UTF8_BOM = codecs.BOM_UTF8
 _CHUNK = 1 << 20  # bytes read at once
@@ -28,7 +27,7 @@ def read_jsonl(path: Path) -> Records:
                 line = line.removeprefix(_UTF8_BOM)
             if text := line.strip(b" \t\r\n"):
                 if number == 1 and text.startswith(b"["):
-                    raise UserError(
+                    raise unreadable(
                         f"{path}:1: begins with '[', so this is a JSON array and not one object a line: "
                         f"rename it to {path.stem}.json"
                     )
@@ -52,11 +51,11 @@ def _decode_line(line: bytes, source: Source, decoder: StrictDecoder) -> Record 
 
 
 def refuse_utf16(path: Path, file: BinaryIO) -> None:
-    """Raise a UserError for a file that starts with a UTF-16 mark, as some editors write."""
+    """Raise DataError for a file that starts with a UTF-16 mark, as some editors write."""
     head = file.read(2)
     file.seek(0)
     if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name})")
+        raise unreadable(f"{path}: is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name})")
 
 
 def read_json(path: Path) -> Records:

@@ -8,7 +8,7 @@ from itertools import islice
 
 from qtrain.data.files import iter_records
 from qtrain.data.formats import FORMATS, Format, detect, parse, unknown_format_reason
-from qtrain.data.records import BadRow, Raw, Record
+from qtrain.data.records import BadRow, Raw, Record, unreadable
 from qtrain.data.rows import Row
 from qtrain.data.turns import RowError
 from qtrain.errors import DataError, UserError
@@ -28,9 +28,9 @@ def iter_rows(name: str, *, format: str = "auto", on_problem: ProblemHandler | N
             left out. Without it all bad rows are raised together after the last row.
 
     Raises:
-        DataError: there are bad rows and no `on_problem`, or rows of several formats, or broken JSON
-            behind which nothing can be read.
-        UserError: the file is missing, empty, or of no known kind or format.
+        DataError: there are bad rows and no `on_problem`; or there is no row at all, none of a known
+            format, rows of several formats, broken JSON behind which nothing can be read.
+        UserError: there is no such file, or its kind is unknown.
     """
     return iter(RowReader(name, format=format, on_problem=on_problem))
 
@@ -58,7 +58,7 @@ class RowReader:
         self.extra_columns: Counter[str] = Counter()
         self._on_problem = on_problem
         self._problems: list[str] = []
-        self._mixed = _MixedFormats(name)
+        self._mixed = _FormatCounts(name)
         self._asked = format != "auto"
         self.format, self.reason = _asked_format(format) if self._asked else _probe(name)
 
@@ -70,7 +70,11 @@ class RowReader:
             else:
                 yield from self._rows(item)
         if self.records == 0:
-            raise UserError(f"{self.name}: holds no rows")
+            raise unreadable(f"{self.name}: holds no rows")
+        self.finish()
+
+    def finish(self) -> None:
+        """Raise DataError for what was wrong in the rows so far: for a pass that stops early."""
         self._mixed.check()
         if self._problems:
             raise DataError(f"{self.name}: {_count(len(self._problems))} of {self.records}:", self._problems)
@@ -98,7 +102,11 @@ class RowReader:
             raise DataError(f"{self.name}: reading stopped at row {self.records}:", [str(bad)])
 
 
-class _MixedFormats:
+class MixedFormats(DataError):
+    """Rows of several formats in one file."""
+
+
+class _FormatCounts:
     """Counts the formats of a file's rows; more than one is an error."""
 
     def __init__(self, name: str) -> None:
@@ -117,7 +125,7 @@ class _MixedFormats:
                 f"{self._first[name].source}: the first of {count} {name} row{'s' if count > 1 else ''}"
                 for name, count in self._counts.items()
             ]
-            raise DataError(
+            raise MixedFormats(
                 f"{self._name}: mixes {len(self._counts)} formats; put each into a file of its own "
                 "(or name the one to read as data.format):",
                 problems,
@@ -141,7 +149,7 @@ def _probe(name: str) -> tuple[Format, str]:
         else:
             seen.append(BadRow(item.source, unknown_format_reason(item.value), ""))
     if not seen:
-        raise UserError(f"{name}: holds no rows")
+        raise unreadable(f"{name}: holds no rows")
     raise DataError(f"{name}: none of the first {len(seen)} rows can be used:", [str(bad) for bad in seen])
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtrain.data.rows import Source
+from qtrain.errors import DataError
 
 Raw = str | bytes | dict[str, Any]
 
@@ -64,6 +65,11 @@ def escaped_byte(text: str) -> tuple[int, int] | None:
     if text.isascii() or (found := _ESCAPED_BYTE.search(text)) is None:
         return None
     return len(text[: found.start()].encode("utf-8", "surrogateescape")), ord(found.group()) - 0xDC00
+
+
+def unreadable(message: str) -> DataError:
+    """The error of a file which as a whole can't be used; `message` begins with its name."""
+    return DataError(message, [])
 
 
 class StrictDecoder(json.JSONDecoder):

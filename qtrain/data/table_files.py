@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.data.json_files import refuse_utf16
-from qtrain.data.records import BadRow, Record, Records, StrictDecoder, escaped_byte, shorten
+from qtrain.data.records import BadRow, Record, Records, StrictDecoder, escaped_byte, shorten, unreadable
 from qtrain.data.rows import Source
-from qtrain.errors import UserError
 
 # A quote that is never closed swallows the rest of the file into one field; this bounds it.
 _LARGEST_FIELD = 1 << 28
@@ -52,11 +51,13 @@ def read_csv(path: Path) -> Records:
 def _check_header(path: Path, header: list[str]) -> list[str]:
     names = [name.strip() for name in header]
     if len(names) == 1 and ";" in names[0]:
-        raise UserError(f"{path}:1: the columns are separated by ';' and must be by ',': {shorten(names[0])}")
+        raise unreadable(
+            f"{path}:1: the columns are separated by ';' and must be by ',': {shorten(names[0])}"
+        )
     for name in names:
         if not name or names.count(name) > 1:
             what = f"names the column '{shorten(name)}' twice" if name else "has a column without a name"
-            raise UserError(f"{path}:1: the header {what}")
+            raise unreadable(f"{path}:1: the header {what}")
     return names
 
 
@@ -98,7 +99,7 @@ def read_parquet(path: Path) -> Records:
                     number += 1
                     yield _parquet_record(batch.slice(index, 1), Source(str(path), number))
     except pa.ArrowException as error:
-        raise UserError(f"{path}: is damaged or no parquet file: {shorten(str(error), 120)}") from error
+        raise unreadable(f"{path}: is damaged or no parquet file: {shorten(str(error), 120)}") from error
 
 
 def _parquet_record(row: Any, source: Source) -> Record | BadRow:

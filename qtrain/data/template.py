@@ -25,6 +25,10 @@ from qtrain.errors import DataError, UserError
 Reasoning = Literal["think", "plain", "drop"]
 
 
+class CutOff(DataError):
+    """A row whose prompt alone fills max_length."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
     """Token ids with the mask of those to learn."""
@@ -91,12 +95,11 @@ class ChatEncoder:
         self._special = _special_tokens(tokenizer)
         self.stop_token, self._stop_text = self._find_stop()
         self._bos: list[int] = []
-        if adds_bos(tokenizer) and not self.encode_prompt((Message("user", "a"),), check=False)[:1] == [
-            tokenizer.bos_token_id
-        ]:
-            self._bos = [tokenizer.bos_token_id]
+        bos = [tokenizer.bos_token_id]
+        if adds_bos(tokenizer) and self.encode_prompt((Message("user", "a"),), check=False)[:1] != bos:
+            self._bos = bos
             self.notes.append(
-                f"{tokenizer.bos_token} stands first: the tokenizer adds it, the template does not"
+                f"{tokenizer.bos_token} is put first: the tokenizer adds it, the template does not"
             )
 
     def encode(self, conversation: Conversation) -> EncodedExample:
@@ -155,7 +158,7 @@ class ChatEncoder:
         prefix = turns[0].prefix
         room = self._max_length - len(prefix)
         if room <= 0:
-            raise _bad(pair.source, self._too_long(len(prefix), "both completions are"))
+            raise _bad(pair.source, self._too_long(len(prefix), "both completions are"), CutOff)
         chosen, rejected = (turn.answer[:room] for turn in turns)
         if chosen == rejected:
             cut = turns[0].answer != turns[1].answer
@@ -276,7 +279,7 @@ class ChatEncoder:
             else:
                 cut += len(ids)
         if not kept:
-            raise _bad(source, self._too_long(built[0][1].index(True), "the answer is"))
+            raise _bad(source, self._too_long(built[0][1].index(True), "the answer is"), CutOff)
         if cut:
             kept[-1] = replace(kept[-1], cut=kept[-1].cut + cut)
         return kept
@@ -293,5 +296,5 @@ def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens)))
 
 
-def _bad(source: Source, reason: str) -> DataError:
-    return DataError(f"{source.file}: 1 bad row:", [f"{source}: {reason}"])
+def _bad(source: Source, reason: str, kind: type[DataError] = DataError) -> DataError:
+    return kind(f"{source.file}: 1 bad row:", [f"{source}: {reason}"])
