@@ -23,17 +23,23 @@ def compare(
         list[str] | None, typer.Option(help="Held-out rows (default: the runs' data.eval).")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cut an answer after so many tokens.")] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut answers there (default: 1.5 x the longest reference).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 24,
     html: Annotated[Path, typer.Option(help="Where the page with every differing row goes.")] = Path(
         "runs/compare.html"
     ),
     json: Annotated[bool, typer.Option("--json", help="Print JSON, every row in it.")] = False,
 ) -> None:
-    """Compare runs and base models: same rows, exact checks, perplexity, preferences, intervals, differing rows."""
+    """Hold runs and base models against each other on the same held-out rows.
+
+    Exact checks, loss and preferences with intervals, and the rows in which they disagree: a few here, all on
+    the page.
+    """
     if len(subjects) < 2:
         raise UserError(
-            f"compare needs two or more runs or models, got only {subjects[0]}; e.g. qtrain compare demo {subjects[0]}"
+            f"compare needs two or more runs or models, got only {subjects[0]}; such as: demo {subjects[0]}"
         )
     from qtrain.evaluation.compare import compare_subjects
     from qtrain.evaluation.evaluate import EvalSettings

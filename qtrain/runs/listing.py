@@ -126,7 +126,7 @@ def show_runs(found: list[RunSummary], folder: Path, console: Console) -> None:
             )
     if table.row_count and not wide:
         console.print(
-            f"({', '.join(name for name, _, shown in _COLUMNS if not shown)}: from {WIDE} columns, or --json)",
+            f"({', '.join(name for name, _, shown in _COLUMNS if not shown)}: at {WIDE} columns, or --json)",
             style="dim",
         )
 

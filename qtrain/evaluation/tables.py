@@ -1,0 +1,129 @@
+"""Results in the terminal: figures with intervals, then the rows that are worth a look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .figures import difference_text, interval_text, shortened, value_text
+
+SHOWN_ROWS = 3
+_LINES = 6  # of an answer
+_STYLES = {"better": "bold green", "worse": "bold red"}
+
+Result = Mapping[str, Any]
+
+
+def show_evaluation(result: Result, console: Console) -> None:
+    """Figures of one subject and some of the rows that failed."""
+    subject = result["subjects"][0]
+    _heading(result, console)
+    table = _figures(("measure", "value", "95 % interval", ""))
+    for section in result["sections"]:
+        line = section["lines"][0]
+        table.add_row(
+            section["title"],
+            value_text(line["value"]["mean"], section["unit"]),
+            interval_text(line["value"], section["unit"]),
+            line["detail"],
+        )
+    console.print(table, highlight=False)
+    _explain(result["sections"], console)
+    failed = [row for row in subject["rows"] if not row["passed"]]
+    for row in failed[:SHOWN_ROWS]:
+        console.print(_row_panel(row["source"], row, [("answer", row)]))
+    if len(failed) > SHOWN_ROWS:
+        _dim(console, f"{len(failed)} rows failed, {SHOWN_ROWS} are shown; --json or --out has all of them")
+
+
+def show_comparison(result: Result, console: Console) -> None:
+    """Figures of all subjects, differences to the first, and some rows in which they disagree."""
+    _heading(result, console)
+    subjects = result["subjects"]
+    for section in result["sections"]:
+        console.print(_section_table(section, subjects[0]["name"]), highlight=False)
+        console.print()
+    _explain(result["sections"], console)
+    numbers = result["disagreements"]
+    for number in numbers[:SHOWN_ROWS]:
+        answers = [(subject["name"], subject["rows"][number]) for subject in subjects]
+        first = subjects[0]["rows"][number]
+        console.print(_row_panel(first["source"], first, answers))
+    rows = len(subjects[0]["rows"])
+    shown = f"; {SHOWN_ROWS} are shown, all are on the page" if len(numbers) > SHOWN_ROWS else ""
+    console.print(f"they disagree in {len(numbers)} of {rows} rows{shown}", highlight=False)
+
+
+def _section_table(section: Result, first: str) -> Table:
+    unit, detail = section["unit"], any(line["detail"] for line in section["lines"])
+    names = (section["title"], "value", "95 % interval", f"against {first}", "verdict")
+    table = _figures(names)
+    for line in section["lines"]:
+        value = value_text(line["value"]["mean"], unit)
+        difference = "" if line["difference"] is None else difference_text(line["difference"], unit)
+        word = line["verdict"] or ""
+        cell = Text(line["subject"])
+        if detail:
+            cell.append(f"\n  {line['detail']}", style="dim")
+        table.add_row(
+            cell, value, interval_text(line["value"], unit), difference, Text(word, _STYLES.get(word, ""))
+        )
+    return table
+
+
+def _figures(names: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for place, name in enumerate(names):
+        table.add_column(
+            Text(name),
+            justify="right" if place in (1, 2, 3) and name else "left",
+            no_wrap=place != 0,
+            overflow="fold" if place == 0 else "ellipsis",
+        )
+    return table
+
+
+def _heading(result: Result, console: Console) -> None:
+    console.print()
+    for subject in result["subjects"]:
+        tokens = sum(row["tokens"] for row in subject["rows"])
+        running = sum(not row["stopped"] for row in subject["rows"])
+        late = f", {running} did not stop within {subject['max_new_tokens']} tokens" if running else ""
+        _dim(console, f"{subject['name']}: {len(subject['rows'])} answers, {tokens} tokens, greedy{late}")
+    console.print()
+
+
+def _explain(found: Sequence[Result], console: Console) -> None:
+    for section in found:
+        if not section["title"].startswith("exact checks: "):
+            _dim(console, f"{section['title']}: {section['explanation']}")
+    console.print()
+
+
+def _dim(console: Console, line: str) -> None:
+    console.print(line, style="dim", highlight=False, markup=False)
+
+
+def _row_panel(title: str, row: Result, answers: Sequence[tuple[str, Result]]) -> Panel:
+    parts: list[Text] = [_block("prompt", shortened(row["prompt"], 300), "bold")]
+    parts.append(_block("reference", _head(row["reference"]), "bold"))
+    for name, answer in answers:
+        style = "green" if answer["passed"] else "red"
+        outcome = "passed" if answer["passed"] else f"failed: {shortened(answer['reason'], 160)}"
+        parts.append(_block(f"{name} {outcome}", _head(answer["answer"]), style))
+    return Panel(Group(*parts), title=Text(title), title_align="left", border_style="dim")
+
+
+def _block(title: str, body: str, style: str) -> Text:
+    return Text(f"{title}\n", style=style).append(f"{body}", style="default not bold")
+
+
+def _head(text: str) -> str:
+    lines = [shortened(line, 200) if len(line) > 200 else line for line in text.strip().splitlines()]
+    more = [f"… {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
+    return "\n".join((*lines[:_LINES], *more))
