@@ -8,13 +8,14 @@ from itertools import islice
 
 from qtrain.data.files import iter_records
 from qtrain.data.formats import FORMATS, Format, detect, parse, unknown_format_reason
-from qtrain.data.records import BadRow, Raw, Record, unreadable
+from qtrain.data.records import BadRow, Raw, Record, shorten, unreadable
 from qtrain.data.rows import Row
 from qtrain.data.turns import RowError
 from qtrain.errors import DataError, UserError
 
 ProblemHandler = Callable[[str, Raw], None]
 
+_COUNTED_COLUMNS = 100  # names of other columns kept, so that ever new ones can't fill the memory
 _PROBED_ROWS = 1000  # rows looked at before a file is said to be of no known format
 
 
@@ -85,7 +86,8 @@ class RowReader:
             self._mixed.add(found[0].name, record)
             if found[0] is not fmt:
                 return []  # the whole file is refused at its end, with the count of each format
-        self.extra_columns.update(fmt.extra(record.value).keys())
+        if len(self.extra_columns) < _COUNTED_COLUMNS:
+            self.extra_columns.update(shorten(key, 40) for key in fmt.extra(record.value))
         try:
             return parse(record, fmt)
         except RowError as error:

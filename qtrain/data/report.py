@@ -98,7 +98,7 @@ class DatasetReport:
         result.append(f"length: median {median:,}, 95 % up to {most:,}, longest {longest:,}")
         if self.examples != self.rows:
             result.append(
-                f"examples: {self.examples:,} (the chat template rewrites earlier turns: one for each answer)"
+                f"examples: {self.examples:,} (answers change once they are history: one for each answer)"
             )
         cut_tokens = sum(file.cut_tokens for file in self.files)
         cut = f"{self.cut_rows:,} ({cut_tokens:,} tokens)" if self.cut_rows else "none"

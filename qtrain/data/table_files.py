@@ -40,8 +40,8 @@ def read_csv(path: Path) -> Records:
             except csv.Error as error:
                 yield BadRow(source, f"invalid CSV: {error}", "")
                 continue
-            if not cells:
-                continue
+            if len(cells) <= 1 and not "".join(cells).strip():
+                continue  # a blank line
             if header is None:
                 header = _check_header(path, cells)
             else:

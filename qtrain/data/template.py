@@ -106,20 +106,21 @@ class ChatEncoder:
         """The one example of a conversation.
 
         Raises:
-            DataError: as `encode_all`; or the template rewrites earlier turns, so that there are several.
+            DataError: as `encode_all`; or there are several, because answers change once they are history.
         """
         examples = self.encode_all(conversation)
         if len(examples) > 1:
             raise _bad(
-                conversation.source, "the chat template rewrites earlier turns: encode_all gives several"
+                conversation.source, "its earlier answers are other tokens once they are history: encode_all"
             )
         return examples[0]
 
     def encode_all(self, conversation: Conversation) -> list[EncodedExample]:
         """As few examples as show every answer behind the very ids that serving will show before it.
 
-        That is one, unless the template writes an earlier turn in another way once it is history
-        (Qwen3 takes its reasoning out): then a new example begins, with the history as context.
+        That is one, unless an answer is other text once it is history (Qwen3 takes its reasoning out)
+        or other tokens (GPT-2's splitting reads "\\n\\n" in another way before a letter): then a new
+        example begins, with the history as context.
 
         Raises:
             DataError: with file:line; no assistant turn, nothing learnt fits into max_length, the
@@ -215,7 +216,7 @@ class ChatEncoder:
             quoted = json.dumps(written, ensure_ascii=False)[1:-1]  # some templates quote a tool's result
             if message.role != "assistant" and written not in text and quoted not in text:
                 raise RefusedByTemplate(
-                    f"the chat template does not write the {message.role}'s message as it stands"
+                    f"the chat template does not write the {message.role} message as it stands"
                 )
         return text
 
