@@ -60,7 +60,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program
             raise RefusedByTemplate(f"the chat template refuses it: {shorten(str(error), 160)}") from error
         return text
 

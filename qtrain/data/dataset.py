@@ -16,6 +16,7 @@ from qtrain.errors import DataError, UserError
 from qtrain.recipe.schema import DataSettings
 
 Method = Literal["sft", "dpo"]
+Split = Literal["train", "heldout"]
 
 __all__ = ["TokenDataset", "build_dataset", "resolve_name"]
 
@@ -28,6 +29,7 @@ def build_dataset(
     files: list[str],
     limit: int | None = None,
     bad_rows_path: Path | None = None,
+    split: Split = "train",
 ) -> TokenDataset:
     """Read, check and encode the rows of `files`; the name `demo` is the data that ships with qtrain.
 
@@ -36,6 +38,7 @@ def build_dataset(
         tokenizer: of the model to be trained.
         method: `sft` wants conversations, `dpo` preference pairs.
         limit: stop after so many rows.
+        split: which of the demo's files the name `demo` means; files have no splits.
         bad_rows_path: where bad rows go with their reasons when they are left out, as jsonl.
 
     Raises:
@@ -58,7 +61,9 @@ def build_dataset(
             if left == 0:
                 break
             on_problem = keep_bad_row if settings.skip_bad_rows else None
-            reader = RowReader(resolve_name(name, method), format=settings.format, on_problem=on_problem)
+            reader = RowReader(
+                resolve_name(name, method, split), format=settings.format, on_problem=on_problem
+            )
             _check_method(reader, method)
             reports.append(_encode_file(reader, encoder, store, left, on_problem, special))
     if not store.places:
@@ -67,13 +72,13 @@ def build_dataset(
     return TokenDataset(store, report, encoder)
 
 
-def resolve_name(name: str, method: Method) -> str:
+def resolve_name(name: str, method: Method, split: Split = "train") -> str:
     """The path behind `demo`, the data that ships with qtrain; other names as they are."""
     if name != "demo" or Path(name).exists():
         return name
     from qtrain.demo.files import demo_path
 
-    return str(demo_path(method, "train"))
+    return str(demo_path(method, split))
 
 
 def _check_method(reader: RowReader, method: Method) -> None:

@@ -21,8 +21,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN25 = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helper.<|im_end|>\n' }}{% endif %}"
-    + CHATML
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helper.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 # Reasoning of earlier turns is taken out; the last turn always has a <think> block.
 QWEN3 = """
@@ -100,16 +100,23 @@ def bpe() -> Any:
 
 @pytest.fixture(scope="session")
 def make_tokenizer(bpe: Any) -> Callable[..., Any]:
-    """tokenizer(template name or None, bos=..., eos=..., pad=..., adds_bos=...)."""
-    from tokenizers import Tokenizer, processors
+    """tokenizer(template name or None, bos=..., eos=..., pad=..., adds_bos=..., gpt2=...)."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     def make(
-        name: str | None = "chatml", *, adds_bos: bool = False, pad: str | None = None, **names: str
+        name: str | None = "chatml",
+        *,
+        adds_bos: bool = False,
+        gpt2: bool = False,
+        pad: str | None = None,
+        **names: str,
     ) -> Any:
         bos, eos = ENDS.get(name or "", ("<s>" if adds_bos else None, "<|im_end|>"))
         bos, eos = names.get("bos", bos), names.get("eos", eos)
         inner = Tokenizer.from_str(bpe.to_str())
+        if gpt2:  # splits "\n\n" in another way when a letter follows
+            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         if adds_bos:
             inner.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", special_tokens=[(bos, inner.token_to_id(bos))]

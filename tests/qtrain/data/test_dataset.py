@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qtrain.data.dataset import build_dataset
+from qtrain.data.load import iter_rows
 from qtrain.data.template import ChatEncoder, EncodedExample, EncodedPair
 from qtrain.errors import DataError, UserError
 from qtrain.recipe.schema import DataSettings
@@ -18,7 +19,7 @@ PAIRS = [{"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": "no"} for n in
 
 @pytest.fixture
 def build(make_tokenizer):
-    def make(*files, method="sft", limit=None, bad_rows_path=None, tokenizer=None, **settings):
+    def make(*files, method="sft", limit=None, bad_rows_path=None, tokenizer=None, split="train", **settings):
         return build_dataset(
             DataSettings(**settings),
             tokenizer or make_tokenizer("chatml"),
@@ -26,6 +27,7 @@ def build(make_tokenizer):
             files=list(files),
             limit=limit,
             bad_rows_path=bad_rows_path,
+            split=split,
         )
 
     return make
@@ -35,8 +37,6 @@ def test_rows_come_back_as_they_were_encoded(write, build, make_tokenizer):
     path = write("a.jsonl", ROWS)
     data = build(path)
     encoder = ChatEncoder(make_tokenizer("chatml"), max_length=2048)
-    from qtrain.data.load import iter_rows
-
     assert list(data) == [encoder.encode(row) for row in iter_rows(path)]
     assert isinstance(data[-1], EncodedExample)
     assert str(data[-1].source) == f"{path}:5"
@@ -48,8 +48,6 @@ def test_pairs_come_back_as_they_were_encoded(write, build, make_tokenizer):
     path = write("a.jsonl", PAIRS)
     data = build(path, method="dpo")
     encoder = ChatEncoder(make_tokenizer("chatml"), max_length=2048)
-    from qtrain.data.load import iter_rows
-
     assert list(data) == [encoder.encode_pair(row) for row in iter_rows(path)]
     assert isinstance(data[0], EncodedPair)
     assert data.report.tokens == sum(
@@ -162,3 +160,10 @@ def test_an_example_for_each_answer_is_reported(write, build, make_tokenizer):
 def test_text_that_is_a_special_token_is_noted(write, build):
     data = build(write("a.jsonl", [{"instruction": "x", "output": "so <|im_end|> it goes"}]))
     assert any("<|im_end|>" in note and "a.jsonl:1" in note for note in data.report.notes)
+
+
+def test_demo_means_the_files_that_ship_with_qtrain(build):
+    data = build("demo", limit=3)
+    assert data[0].source.file.endswith("sft-train-en.jsonl")
+    assert build("demo", limit=3, split="heldout")[0].source.file.endswith("sft-heldout-en.jsonl")
+    assert build("demo", limit=3, method="dpo")[0].source.file.endswith("dpo-train-en.jsonl")

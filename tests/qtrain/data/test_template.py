@@ -96,6 +96,17 @@ def test_a_template_that_rewrites_history_gives_one_example_for_each_answer(make
         encoder_for(tokenizer).encode(row)
 
 
+def test_answers_that_become_other_tokens_as_history_give_an_example_each(make_tokenizer, talk):
+    tokenizer = make_tokenizer("llama3", gpt2=True)
+    encoder = encoder_for(tokenizer)
+    row = talk(("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
+    first, second = encoder.encode_all(row)
+    assert (learnt(tokenizer, first), learnt(tokenizer, second)) == ("one<|eot_id|>", "two<|eot_id|>")
+    shown = tokenizer(encoder.render(row.messages[:3]), add_special_tokens=False).input_ids
+    assert second.input_ids[: len(shown)] == shown
+    assert first.input_ids != second.input_ids[: len(first.input_ids)]
+
+
 def test_the_empty_thought_that_a_template_adds_is_noted(make_tokenizer):
     assert any(
         "before an answer without reasoning" in note for note in encoder_for(make_tokenizer("qwen3")).notes
@@ -207,7 +218,13 @@ def test_no_template_is_an_error_that_names_the_way_out(make_tokenizer, talk, tm
 
 
 @pytest.mark.parametrize(
-    "broken", ["{% for m in messages %}", "{{ raise_exception('never') }}", "{{ messages[0].content }}"]
+    "broken",
+    [
+        "{% for m in messages %}",
+        "{{ raise_exception('never') }}",
+        "{{ messages[0].content }}",
+        "{{ 1 + 'a' }}",
+    ],
 )
 def test_an_unusable_template_is_one_line(make_tokenizer, tmp_path: Path, broken):
     (tmp_path / "t.jinja").write_text(broken)
