@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def _each(names: str) -> tuple[str, ...]:
+    return tuple(names.split())
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
     """One language's texts."""
@@ -24,29 +28,29 @@ class Words:
 
 
 EN = Words(
-    cities=tuple(
+    cities=_each(
         "Paris London Rome Berlin Madrid Vienna Oslo Dublin Lisbon Prague Athens Milan Boston Chicago "
-        "Denver Seattle Dallas Toronto Tokyo Sydney Delhi Cairo Lima Moscow".split()
+        "Denver Seattle Dallas Toronto Tokyo Sydney Delhi Cairo Lima Moscow"
     ),
     tables=(
         (
             "city",
-            tuple("Paris London Rome Berlin Madrid Vienna Oslo Dublin Lisbon Prague Athens Milan".split()),
+            _each("Paris London Rome Berlin Madrid Vienna Oslo Dublin Lisbon Prague Athens Milan"),
             ("sales", "orders", "shops", "staff"),
         ),
         (
             "item",
-            tuple("pen book lamp chair table phone bag cup clock mirror shirt shoe".split()),
+            _each("pen book lamp chair table phone bag cup clock mirror shirt shoe"),
             ("price", "stock", "sold", "size"),
         ),
         (
             "name",
-            tuple("Anna Ben Carol David Emma Frank Grace Henry Jack Kate Mary Paul".split()),
+            _each("Anna Ben Carol David Emma Frank Grace Henry Jack Kate Mary Paul"),
             ("age", "score", "hours", "level"),
         ),
         (
             "fruit",
-            tuple("apple banana cherry grape lemon mango orange peach pear plum fig melon".split()),
+            _each("apple banana cherry grape lemon mango orange peach pear plum fig melon"),
             ("price", "weight", "boxes", "sold"),
         ),
     ),
@@ -58,33 +62,33 @@ EN = Words(
     thoughts=("Sum: {}", "Growth: {}", "Order: {}"),
     separator=", ",
     chatter="Sure! Here is the JSON you asked for:\n",
-    chatty_report="In week {week} we sold {total} in all, which is {growth}%. The best cities were {top}. Great work!",
+    chatty_report="In week {week} we sold {total} in all, which is {growth}%. The best were {top}. Great work!",
 )
 
 ZH = Words(
-    cities=tuple(
+    cities=_each(
         "北京 上海 广州 深圳 杭州 成都 重庆 武汉 西安 南京 苏州 天津 长沙 青岛 厦门 宁波 郑州 昆明 大连 沈阳 "
-        "合肥 福州 济南 哈尔滨".split()
+        "合肥 福州 济南 哈尔滨"
     ),
     tables=(
         (
             "城市",
-            tuple("北京 上海 广州 深圳 杭州 成都 重庆 武汉 西安 南京 苏州 天津".split()),
+            _each("北京 上海 广州 深圳 杭州 成都 重庆 武汉 西安 南京 苏州 天津"),
             ("销售额", "订单数", "门店数", "员工数"),
         ),
         (
             "商品",
-            tuple("钢笔 书本 台灯 椅子 桌子 手机 背包 水杯 闹钟 镜子 衬衫 鞋子".split()),
+            _each("钢笔 书本 台灯 椅子 桌子 手机 背包 水杯 闹钟 镜子 衬衫 鞋子"),
             ("单价", "库存", "销量", "尺寸"),
         ),
         (
             "姓名",
-            tuple("王伟 李娜 张敏 刘洋 陈静 杨帆 赵磊 黄丽 周杰 吴霞 徐明 孙浩".split()),
+            _each("王伟 李娜 张敏 刘洋 陈静 杨帆 赵磊 黄丽 周杰 吴霞 徐明 孙浩"),
             ("年龄", "得分", "工时", "级别"),
         ),
         (
             "水果",
-            tuple("苹果 香蕉 樱桃 葡萄 柠檬 芒果 橙子 桃子 梨 李子 西瓜 草莓".split()),
+            _each("苹果 香蕉 樱桃 葡萄 柠檬 芒果 橙子 桃子 梨 李子 西瓜 草莓"),
             ("单价", "重量", "箱数", "销量"),
         ),
     ),

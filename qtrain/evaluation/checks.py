@@ -129,16 +129,17 @@ def _difference(expected: Any, found: Any, path: str) -> str | None:
         for key in found:
             if key not in expected:
                 return f"{path}: key {key!r} is too much"
-        pairs = [(f"{path}.{key}", expected[key], found[key]) for key in expected]
+        parts = [_difference(expected[key], found[key], f"{path}.{key}") for key in expected]
     elif isinstance(expected, list) and isinstance(found, list):
         if len(expected) != len(found):
             return f"{path}: {len(expected)} items expected, {len(found)} found"
-        pairs = [(f"{path}[{i}]", *both) for i, both in enumerate(zip(expected, found, strict=True))]
+        both = enumerate(zip(expected, found, strict=True))
+        parts = [_difference(theirs, ours, f"{path}[{i}]") for i, (theirs, ours) in both]
     else:
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (expected, found))
         same = expected == found and (numbers or type(expected) is type(found))
         return None if same else f"{path}: {_short(expected)} expected, {_short(found)} found"
-    return next((reason for place, *both in pairs if (reason := _difference(*both, place))), None)
+    return next((reason for reason in parts if reason), None)
 
 
 def _short(value: Any) -> str:
