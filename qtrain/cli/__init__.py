@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 import typer
 
@@ -44,6 +45,8 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
     # bitsandbytes logs, when imported, that it found no hub kernels for CPUs; qtrain uses none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # peft still asks transformers by a name that is to go
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         app()
     except QtrainError as error:

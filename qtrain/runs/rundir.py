@@ -59,6 +59,11 @@ class RunDir:
         return self.path / "bad_rows.jsonl"
 
     @property
+    def bad_held_out_rows(self) -> Path:
+        """Held-out rows left out by data.skip_bad_rows."""
+        return self.path / "bad_rows_eval.jsonl"
+
+    @property
     def reference(self) -> Path:
         """The reference's log-probs of a DPO run."""
         return self.path / "reference_logps.npy"

@@ -79,7 +79,13 @@ def prepare_data(recipe: Recipe, run: RunDir | None) -> Data:
     held_out = None
     if recipe.data.eval:
         held_out = build_dataset(
-            recipe.data, tokenizer, method=method, files=recipe.data.eval, limit=recipe.limit, bad_rows_path=None
+            recipe.data,
+            tokenizer,
+            method=method,
+            files=recipe.data.eval,
+            limit=recipe.limit,
+            bad_rows_path=run.bad_held_out_rows if run is not None else None,
+            split="heldout",
         )
     return Data(train, held_out, tokenizer)
 
@@ -94,7 +100,7 @@ def prepare_model(recipe: Recipe, say: Say) -> Prepared:
     else:
         model = continue_adapter(base.model, adapter, recipe.adapter)
     if use_checkpointing(recipe, base):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packed = base.attention.packed
     shared = packed and recipe.dpo.share_prompts and recipe.training.method == "dpo"
     pad = base.tokenizer.pad_token_id

@@ -132,6 +132,8 @@ def _finish(trainer: LogprobTrainer, run: RunDir) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(partial))
         (partial / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
+        # what training rendered with, for whoever serves the adapter
+        (partial / "chat_template.jinja").write_text(trainer.chat_template, encoding="utf-8")
         write_checksums(partial)
         shutil.rmtree(run.adapter, ignore_errors=True)
         partial.replace(run.adapter)
@@ -159,6 +161,7 @@ def _make_trainer(
         "keep_checkpoints": recipe.training.keep_checkpoints,
         "callbacks": callbacks,
         "say": say,
+        "chat_template": data.train.encoder.chat_template,
     }
     if recipe.training.method == "sft":
         trainer: LogprobTrainer = SftTrainer(**arguments)

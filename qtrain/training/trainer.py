@@ -68,6 +68,7 @@ class LogprobTrainer(Trainer):
         keep_checkpoints: int,
         callbacks: list[Any],
         say: Callable[[str], None],
+        chat_template: str = "",
     ) -> None:
         super().__init__(
             model=model,
@@ -80,6 +81,7 @@ class LogprobTrainer(Trainer):
         self.run = run
         self.keep_checkpoints = keep_checkpoints
         self.say = say
+        self.chat_template = chat_template
         self.train_tally = Tally.empty()
         self.loss_is_scaled_for_ga = True  # this class divides by the whole window
         self._partial_folder: str | None = None
