@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtrain.data.dataset import Method, resolve_name
 from qtrain.data.load import iter_rows
 from qtrain.data.rows import Conversation, Message, PreferencePair, Row
 from qtrain.errors import DataError, UserError
@@ -70,7 +71,7 @@ def leaked(subject: Subject, rows: HeldOut) -> tuple[int, str | None]:
     """(held-out rows whose prompt is also in the subject's training rows, why that was not looked at)."""
     if subject.run is None:
         return 0, None
-    files = [resolve(name, subject.method or "sft", "train") for name in subject.data.train]
+    files = [resolve_name(name, _method(subject), "train") for name in subject.data.train]
     missing = [name for name in files if not Path(name).is_file()]
     if missing:
         return 0, f"{missing[0]} is not on this machine"
@@ -133,20 +134,15 @@ def _files(subjects: Sequence[Subject], data: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     if data:
         for name in data:
-            for method in ("sft", "dpo") if name == "demo" else ("sft",):
-                found.setdefault(resolve(name, method, "heldout"), "auto")
+            found.setdefault(resolve_name(name, "sft", "heldout"), "auto")
+            found.setdefault(resolve_name(name, "dpo", "heldout"), "auto")  # another file for `demo` only
         return found
     for subject in subjects:
         if subject.run is not None:
             for name in subject.data.eval:
-                found.setdefault(resolve(name, subject.method or "sft", "heldout"), subject.data.format)
+                found.setdefault(resolve_name(name, _method(subject), "heldout"), subject.data.format)
     return found
 
 
-def resolve(name: str, method: str, split: str) -> str:
-    """The path behind `demo`; other names as they are."""
-    if name != "demo" or Path(name).exists():
-        return name
-    from qtrain.demo.files import demo_path
-
-    return str(demo_path("dpo" if method == "dpo" else "sft", "train" if split == "train" else "heldout"))
+def _method(subject: Subject) -> Method:
+    return "dpo" if subject.method == "dpo" else "sft"

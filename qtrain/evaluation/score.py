@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from .generate import Answer, generate
 from .heldout import prompt_of, reference_of
 
 SCORED_TOKENS = 4096  # tokens of one forward that scores references
-_THINK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 Advance = Callable[[int], None]
 
@@ -122,7 +120,7 @@ def score_answers(
 def _checked(row: Conversation, answer: Answer, nll: float, tokens: int) -> RowScore:
     """An answer that had to be cut has not passed, whatever its text: served, it would run on."""
     check = row.extra.get("check") or default_check(reference_of(row))
-    result = check_answer(check, without_reasoning(answer.text))
+    result = check_answer(check, answer.text)
     reason = result.reason if answer.stopped else f"did not stop within {answer.tokens} tokens"
     return RowScore(
         source=str(row.source),
@@ -137,12 +135,6 @@ def _checked(row: Conversation, answer: Answer, nll: float, tokens: int) -> RowS
         nll=nll,
         nll_tokens=tokens,
     )
-
-
-def without_reasoning(answer: str) -> str:
-    """What stands behind a leading <think> block."""
-    match = _THINK.match(answer)
-    return answer[match.end() :] if match else answer
 
 
 def reference_nll(
