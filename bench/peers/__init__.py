@@ -1,0 +1,1 @@
+"""The peers' environments: exact pins beside this file, installed on request only, one folder each."""
