@@ -62,7 +62,7 @@ EN = Words(
     thoughts=("Sum: {}", "Growth: {}", "Order: {}"),
     separator=", ",
     chatter="Sure! Here is the JSON you asked for:\n",
-    chatty_report="In week {week} we sold {total} in all, which is {growth}%. The best were {top}. Great work!",
+    chatty_report="In week {week} we sold {total}, which is {growth}%. The best were {top}. Well done!",
 )
 
 ZH = Words(

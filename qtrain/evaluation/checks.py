@@ -24,7 +24,7 @@ from typing import Any
 
 from qtrain.errors import UserError
 
-GROWTH_TOLERANCE = 0.051  # percentage points: a figure rounded to one decimal, either way
+GROWTH_TOLERANCE = 0.051  # percentage points: the growth may be rounded to one decimal
 
 
 @dataclass(frozen=True, slots=True)
