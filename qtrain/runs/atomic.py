@@ -72,7 +72,11 @@ def _existing(path: Path) -> Path:
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:
@@ -86,29 +90,40 @@ def write_checksums(folder: Path) -> None:
     """Record the size and SHA-256 of every file of a folder in its checksums.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     sums = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
     }
     for path in files:
         _sync(path)
-    write_json(folder / CHECKSUMS, sums)
+    write_text(folder / CHECKSUMS, _sums_text(sums))
+
+
+def _sums_text(sums: dict[str, Any]) -> str:
+    """The table with a digest of its own, so that damage to it is seen as well."""
+    digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": sums, "sha256_of_files": digest}, indent=2, ensure_ascii=False) + "\n"
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that `write_checksums` was called for, or None."""
+    table = folder / CHECKSUMS
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        items = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()]
+        text = table.read_bytes().decode("utf-8")
+        sums = json.loads(text)["files"]
+        whole = text == _sums_text(sums)
     except FileNotFoundError:
-        return f"{folder / CHECKSUMS} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder / CHECKSUMS} can't be read: {error}"
-    for name, size, sha256 in items:
+        return f"{table} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{table} can't be read: {error}"
+    if not whole:
+        return f"{table} has changed since it was written"
+    for name, entry in sums.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} is {path.stat().st_size} bytes, {size} were written"
-        if file_sha256(path) != sha256:
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} is {path.stat().st_size} bytes, {entry['bytes']} were written"
+        if file_sha256(path) != entry["sha256"]:
             return f"{path} has changed since it was written (SHA-256 differs)"
     return None
 

@@ -43,7 +43,11 @@ class MetricsFile(TrainerCallback):
         """Forget what lies beyond the step that the run goes on from."""
         self._since = time.perf_counter()
         if state.is_world_process_zero and self.path.is_file():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= state.global_step]
+            kept = [
+                line
+                for line in self.path.read_text(encoding="utf-8").splitlines()
+                if _step(line) <= state.global_step
+            ]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -131,7 +135,9 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Show the bar at the step that the run starts from."""
         self.progress.start()
-        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        self.task = self.progress.add_task(
+            "train", total=state.max_steps, completed=state.global_step, figures=""
+        )
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Refresh the figures (after MetricsFile, which comes first in the list, has worked them out)."""
@@ -169,7 +175,9 @@ class PlainProgress(TrainerCallback):
         """The same figures as the bar."""
         every = max(state.max_steps // 20, 1)
         last = self.metrics.last
-        if "loss" in (kwargs.get("logs") or {}) and (state.global_step % every == 0 or state.global_step <= 1):
+        if "loss" in (kwargs.get("logs") or {}) and (
+            state.global_step % every == 0 or state.global_step <= 1
+        ):
             self.say(
                 f"step {state.global_step}/{state.max_steps}  loss {last['loss']:.4f}  "
                 f"{last.get('tokens_per_second', 0):.0f} tok/s  {last.get('supervised_tokens', 0):.0f} supervised tokens  "

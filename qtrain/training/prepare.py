@@ -74,7 +74,12 @@ def prepare_data(recipe: Recipe, run: RunDir | None) -> Data:
     method = recipe.training.method
     bad_rows = run.bad_rows if run is not None else None
     train = build_dataset(
-        recipe.data, tokenizer, method=method, files=recipe.data.train, limit=recipe.limit, bad_rows_path=bad_rows
+        recipe.data,
+        tokenizer,
+        method=method,
+        files=recipe.data.train,
+        limit=recipe.limit,
+        bad_rows_path=bad_rows,
     )
     held_out = None
     if recipe.data.eval:
@@ -100,7 +105,7 @@ def prepare_model(recipe: Recipe, say: Say) -> Prepared:
     else:
         model = continue_adapter(base.model, adapter, recipe.adapter)
     if use_checkpointing(recipe, base):
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     packed = base.attention.packed
     shared = packed and recipe.dpo.share_prompts and recipe.training.method == "dpo"
     pad = base.tokenizer.pad_token_id

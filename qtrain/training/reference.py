@@ -61,7 +61,9 @@ def reference_logps(
     return whole
 
 
-def score_pairs(model: nn.Module, collate: Callable[[list[Any]], Batch], rows: Any, device: torch.device) -> Any:
+def score_pairs(
+    model: nn.Module, collate: Callable[[list[Any]], Batch], rows: Any, device: torch.device
+) -> Any:
     """A `score` for `reference_logps`: the model as it is, in eval mode, without gradients."""
 
     def score(numbers: list[int]) -> Tensor:

@@ -72,7 +72,11 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
         UserError: a mistake in recipe, data or files.
         QtrainError: a NaN loss, a full disk.
     """
-    say: Say = (lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)) if main_process() else _silent
+    say: Say = (
+        (lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        if main_process()
+        else _silent
+    )
     run = RunDir(recipe.out or Path())
     if resume:
         status = run.status()
@@ -90,7 +94,11 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
         trainer, stop = _make_trainer(recipe, run, data, prepared, console, say)
         start = checkpoint.latest_complete(run.checkpoints, say) if resume else None
         if resume:
-            say(f"resuming from {start.name}" if start else "no checkpoint was written yet: starting from the first step")
+            say(
+                f"resuming from {start.name}"
+                if start
+                else "no checkpoint was written yet: starting from the first step"
+            )
         _write_manifest(run, recipe, data, prepared, trainer)
         return _train(trainer, stop, run, start, say)
 
@@ -109,13 +117,17 @@ def _train(trainer: LogprobTrainer, stop: StopOnSignal, run: RunDir, start: Path
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except BaseException as error:
         if main:
-            run.set_status("failed", step=trainer.state.global_step, reason=str(error) or type(error).__name__)
+            run.set_status(
+                "failed", step=trainer.state.global_step, reason=str(error) or type(error).__name__
+            )
         raise
     step = trainer.state.global_step
     if stop.received is not None and step < trainer.state.max_steps:
         if main:
             run.set_status("stopped", step=step, reason=stop.received.name)
-        say(f"stopped at step {step} of {trainer.state.max_steps}; go on with: qtrain run --resume --out {run.path}")
+        say(
+            f"stopped at step {step} of {trainer.state.max_steps}; go on with: qtrain run --resume --out {run.path}"
+        )
         return Outcome(run, "stopped", step, {})
     figures = _finish(trainer, run)
     return Outcome(run, "finished", step, figures)
@@ -149,7 +161,9 @@ def _make_trainer(
     stop = StopOnSignal(say)
     callbacks: list[Any] = [metrics, stop]
     if main_process():
-        callbacks.append(ProgressBar(console, metrics) if console.is_terminal else PlainProgress(say, metrics))
+        callbacks.append(
+            ProgressBar(console, metrics) if console.is_terminal else PlainProgress(say, metrics)
+        )
         callbacks.append(TensorBoard(run.tensorboard))
     arguments: dict[str, Any] = {
         "run": run,
@@ -170,23 +184,37 @@ def _make_trainer(
         trainer = DpoTrainer(dpo=recipe.dpo, reference=torch.empty(0, 2), **arguments)
         trainer.reference = _reference(recipe, run, data.train, prepared, trainer, console, "train")
         if data.held_out is not None:
-            trainer.eval_reference = _reference(recipe, run, data.held_out, prepared, trainer, console, "held-out")
+            trainer.eval_reference = _reference(
+                recipe, run, data.held_out, prepared, trainer, console, "held-out"
+            )
     trainer.remove_callback(PrinterCallback)
     return trainer, stop
 
 
 def _reference(
-    recipe: Recipe, run: RunDir, rows: Any, prepared: Prepared, trainer: LogprobTrainer, console: Console, name: str
+    recipe: Recipe,
+    run: RunDir,
+    rows: Any,
+    prepared: Prepared,
+    trainer: LogprobTrainer,
+    console: Console,
+    name: str,
 ) -> torch.Tensor:
     """Log-probs under the policy that the run starts from: the model as prepared, before any step."""
     adapter = adapter_hash(recipe.parent / "adapter") if recipe.parent else "base"
     key = reference_key(
-        rows.fingerprint, prepared.base.folder, adapter, recipe.model.model_dump_json(), str(prepared.base.compute.dtype)
+        rows.fingerprint,
+        prepared.base.folder,
+        adapter,
+        recipe.model.model_dump_json(),
+        str(prepared.base.compute.dtype),
     )
     path = run.reference if name == "train" else run.reference.with_name("reference_logps_eval.npy")
     accelerator = trainer.accelerator
     model = prepared.model.to(accelerator.device) if recipe.model.quantization == "none" else prepared.model
-    with Progress(console=console, transient=True, disable=not (main_process() and console.is_terminal)) as progress:
+    with Progress(
+        console=console, transient=True, disable=not (main_process() and console.is_terminal)
+    ) as progress:
         task = progress.add_task(f"reference log-probs ({name})", total=len(rows))
         return reference_logps(
             score_pairs(model, prepared.collate, rows, accelerator.device),
@@ -199,19 +227,29 @@ def _reference(
         )
 
 
-def _write_manifest(run: RunDir, recipe: Recipe, data: Data, prepared: Prepared, trainer: LogprobTrainer) -> None:
+def _write_manifest(
+    run: RunDir, recipe: Recipe, data: Data, prepared: Prepared, trainer: LogprobTrainer
+) -> None:
     if not main_process():
         return
     write_json(
         run.manifest,
         {
             **provenance(),
-            "base": {"name": recipe.model.name, "folder": prepared.base.folder, "files": base_hashes(prepared.base.folder)},
+            "base": {
+                "name": recipe.model.name,
+                "folder": prepared.base.folder,
+                "files": base_hashes(prepared.base.folder),
+            },
             "parent": None if recipe.parent is None else str(recipe.parent),
-            "data": {"train": data.train.report.as_dict(), "eval": None if data.held_out is None else data.held_out.report.as_dict()},
+            "data": {
+                "train": data.train.report.as_dict(),
+                "eval": None if data.held_out is None else data.held_out.report.as_dict(),
+            },
             "seed": recipe.training.seed,
             "processes": trainer.accelerator.num_processes,
-            "distribution": requested(recipe.training.fsdp) or ("ddp" if trainer.accelerator.num_processes > 1 else "none"),
+            "distribution": requested(recipe.training.fsdp)
+            or ("ddp" if trainer.accelerator.num_processes > 1 else "none"),
             "choices": {
                 **prepared.notes,
                 "packing": f"{prepared.packed}: {prepared.base.attention.reason}",

@@ -115,7 +115,7 @@ class LogprobTrainer(Trainer):
         total = self.summed_loss(model, inputs, self.train_tally)
         if not bool(torch.isfinite(total)):
             raise NonFiniteLoss(
-                f"the loss is {float(total)} at step {self.state.global_step + 1}, training rows "
+                f"the loss is {float(total.detach())} at step {self.state.global_step + 1}, training rows "
                 f"{self._name_rows(inputs)}; nothing was updated. Lower training.learning_rate or look at these "
                 f"rows; the last good checkpoint is kept"
             )
@@ -145,7 +145,9 @@ class LogprobTrainer(Trainer):
 
     # -- distribution -----------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
         """Refuse to train when what was asked of accelerate is not what it built."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         check_wrapping(self.model_wrapped, self.accelerator, fsdp=bool(self.args.fsdp))
@@ -204,7 +206,9 @@ class LogprobTrainer(Trainer):
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(mine), size):
-            yield self._prepare_inputs(self.data_collator([rows[number] for number in mine[start : start + size]]))
+            yield self._prepare_inputs(
+                self.data_collator([rows[number] for number in mine[start : start + size]])
+            )
 
     # -- checkpoints ------------------------------------------------------------------------------
 
