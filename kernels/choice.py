@@ -24,6 +24,8 @@ def backends(device_type: str) -> list[BackendChoice]:
             f"tiles of 512 tokens x 4096 words through torch.matmul {where}; logits are never held",
         ),
         BackendChoice(
-            "lora_linear", "peft", "the adapter's stock module over bitsandbytes' 4-bit or torch's 16-bit matmul"
+            "lora_linear",
+            "peft",
+            "the adapter's stock module over bitsandbytes' 4-bit or torch's 16-bit matmul",
         ),
     ]

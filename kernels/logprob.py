@@ -73,9 +73,7 @@ def linear_logprob(
     everything = rows.numel() == labels.numel()
     h = hidden_states if everything else hidden_states.index_select(0, rows)
     y = labels if everything else labels.index_select(0, rows)
-    logp, lse, entropy = _LinearLogprob.apply(
-        h, lm_head_weight, bias, y, softcap, logit_scale, return_stats
-    )
+    logp, lse, entropy = _LinearLogprob.apply(h, lm_head_weight, bias, y, softcap, logit_scale, return_stats)
     if not everything:
         logp, lse, entropy = (
             part.new_zeros(labels.shape).index_put((rows,), part) for part in (logp, lse, entropy)
@@ -131,7 +129,9 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _grad_lse, _grad_entropy):  # type: ignore[no-untyped-def]
         if ctx.trainable_head:
-            dh, dw, db = _backward_tiles(grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, ctx.needs_input_grad)
+            dh, dw, db = _backward_tiles(
+                grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, ctx.needs_input_grad
+            )
             return dh, dw, db, None, None, None, None
         (u,) = ctx.saved_tensors
         dh = None if u is None else (u * grad.unsqueeze(1)).to(u.dtype)
@@ -176,7 +176,9 @@ def _forward_tiles(h, weight, bias, labels, softcap, scale, want_u, stats):  # t
     u = torch.empty_like(h) if want_u else None
     for start in range(0, labels.numel(), ROW_TILE):
         part = slice(start, start + ROW_TILE)
-        tile = _softmax_along_vocab(h[part].to(weight.dtype), weight, bias, labels[part], softcap, scale, want_u, stats)
+        tile = _softmax_along_vocab(
+            h[part].to(weight.dtype), weight, bias, labels[part], softcap, scale, want_u, stats
+        )
         logp[part], lse[part], entropy[part], u_part = tile
         if u is not None:
             u[part] = u_part

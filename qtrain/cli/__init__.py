@@ -46,7 +46,9 @@ def main() -> None:
     # bitsandbytes logs, when imported, that it found no hub kernels for CPUs; qtrain uses none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # peft still asks transformers by a name that is to go
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     try:
         app()
     except QtrainError as error:

@@ -97,7 +97,10 @@ def _example(item: EncodedExample, tokenizer: Any) -> Text:
 
 def _pair(item: EncodedPair, tokenizer: Any) -> Text:
     text = _tokens(item.prompt_ids, [""] * len(item.prompt_ids), tokenizer)
-    for name, ids, style in (("chosen", item.chosen_ids, SUPERVISED), ("rejected", item.rejected_ids, REJECTED)):
+    for name, ids, style in (
+        ("chosen", item.chosen_ids, SUPERVISED),
+        ("rejected", item.rejected_ids, REJECTED),
+    ):
         text += Text(f"\n[{name}] ", style="bold") + _tokens(ids, [style] * len(ids), tokenizer)
     return text
 
@@ -109,7 +112,9 @@ def _tokens(ids: list[int], styles: list[str], tokenizer: Any) -> Text:
     shown = min(len(ids), _SHOWN_TOKENS)
     for place in range(1, shown + 1):
         if place == shown or styles[place] != styles[start]:
-            text.append(tokenizer.decode(ids[start:place], clean_up_tokenization_spaces=False), style=styles[start])
+            text.append(
+                tokenizer.decode(ids[start:place], clean_up_tokenization_spaces=False), style=styles[start]
+            )
             start = place
     if shown < len(ids):
         text.append(f" ... {len(ids) - shown} more tokens", style="dim")

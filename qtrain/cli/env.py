@@ -21,7 +21,11 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fals
     found = {
         "versions": versions(),
         "machine": machine(),
-        "compute": {"device": str(compute.device), "dtype": str(compute.dtype).removeprefix("torch."), "reason": compute.reason},
+        "compute": {
+            "device": str(compute.device),
+            "dtype": str(compute.dtype).removeprefix("torch."),
+            "reason": compute.reason,
+        },
         "ops": [
             {"op": choice.op, "backend": choice.backend, "reason": choice.reason}
             for choice in backends(compute.device.type)
@@ -38,7 +42,11 @@ def _tables(found: dict[str, object]) -> None:
     from rich.table import Table
 
     say = console()
-    for title, rows in (("versions", _rows(found["versions"])), ("machine", _rows(found["machine"])), ("compute", _rows(found["compute"]))):
+    for title, rows in (
+        ("versions", _rows(found["versions"])),
+        ("machine", _rows(found["machine"])),
+        ("compute", _rows(found["compute"])),
+    ):
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -56,4 +64,7 @@ def _tables(found: dict[str, object]) -> None:
 def _rows(section: object) -> list[tuple[str, str]]:
     if not isinstance(section, dict):
         return []
-    return [(str(name), "not installed" if value is None else "none" if value == [] else str(value)) for name, value in section.items()]
+    return [
+        (str(name), "not installed" if value is None else "none" if value == [] else str(value))
+        for name, value in section.items()
+    ]

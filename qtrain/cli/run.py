@@ -16,16 +16,24 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML). Without one: the demo's.", show_default=False)] = None,
-    four_bit: Annotated[bool, typer.Option("--4bit", help="Hold the base in NF4 (model.quantization=nf4).")] = False,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe (YAML). Without one: the demo's.", show_default=False)
+    ] = None,
+    four_bit: Annotated[
+        bool, typer.Option("--4bit", help="Hold the base in NF4 (model.quantization=nf4).")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Base model: hub name, folder, or demo.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Rows to learn from; may be given again.")] = None,
     method: Annotated[str | None, typer.Option(help="sft or dpo.")] = None,
     parent: Annotated[Path | None, typer.Option("--from", help="Go on from this run's adapter.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory (default: the next free runs/vN).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show everything, train nothing.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows: the small trial.")] = None,
 ) -> None:
     """Fine-tune a model: SFT, or DPO on top of it.
@@ -94,7 +102,9 @@ def _demo_tree(method: str, own_data: bool) -> dict[str, Any]:
     name = "dpo.yaml" if method == "dpo" else "sft.yaml"
     tree: dict[str, Any] = yaml.safe_load(files("qtrain.demo").joinpath(name).read_text(encoding="utf-8"))
     if own_data:
-        tree["data"] = {key: value for key, value in tree.get("data", {}).items() if key not in ("train", "eval")}
+        tree["data"] = {
+            key: value for key, value in tree.get("data", {}).items() if key not in ("train", "eval")
+        }
     return tree
 
 
@@ -131,7 +141,9 @@ def _resumed(path: Path | None, flags: dict[str, Any], overrides: list[str]) -> 
 
     given = path is not None or overrides or set(flags) - {"out"}
     asked = resolve(path, flags, overrides) if given else None
-    place = flags.get("out") or (asked.out if path is not None and asked is not None else None) or _newest_run()
+    place = (
+        flags.get("out") or (asked.out if path is not None and asked is not None else None) or _newest_run()
+    )
     folder = Path(str(place))
     stored = load_recipe(open_run(folder).recipe, []).model_copy(update={"out": folder})
     if asked is not None:
@@ -148,7 +160,12 @@ def _newest_run() -> Path:
     found = [path.parent for path in Path("runs").glob("*/recipe.yaml")] if Path("runs").is_dir() else []
     if not found:
         raise UserError("--resume: there is no run in runs/; name one with --out")
-    return max(found, key=lambda folder: (folder / "status.json").stat().st_mtime if (folder / "status.json").exists() else 0.0)
+    return max(
+        found,
+        key=lambda folder: (
+            (folder / "status.json").stat().st_mtime if (folder / "status.json").exists() else 0.0
+        ),
+    )
 
 
 def _say_finished(outcome: Any) -> None:
@@ -157,7 +174,9 @@ def _say_finished(outcome: Any) -> None:
     parts += [f"final loss {figures['final_loss']:.4f}"] if figures.get("final_loss") is not None else []
     parts += [f"held-out loss {figures['eval_loss']:.4f}"] if "eval_loss" in figures else []
     say = console()
-    say.print(f"[green]finished[/green] {outcome.run.path}: {', '.join(parts)}", highlight=False, soft_wrap=True)
+    say.print(
+        f"[green]finished[/green] {outcome.run.path}: {', '.join(parts)}", highlight=False, soft_wrap=True
+    )
     say.print(
         f"next: qtrain eval {outcome.run.path} · qtrain compare BASE {outcome.run.path} · qtrain chat {outcome.run.path}",
         style="dim",

@@ -71,7 +71,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     missing = [target for target in targets if target not in linear]
     if missing:
         raise UserError(

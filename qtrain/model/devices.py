@@ -31,7 +31,11 @@ def choose_compute(settings: ModelSettings, local_rank: int = 0) -> Compute:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-        best, why = (torch.bfloat16, "this GPU multiplies in bf16") if native else (torch.float16, "no bf16 before Ampere")
+        best, why = (
+            (torch.bfloat16, "this GPU multiplies in bf16")
+            if native
+            else (torch.float16, "no bf16 before Ampere")
+        )
     else:
         device = torch.device("cpu")
         native = cpu_multiplies_bf16()

@@ -49,7 +49,9 @@ def base_folder(name: str) -> str:
             raise UserError(f"model.name: {name} holds no config.json; give a model folder or a hub name")
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name: there is no folder {name}; give a model folder or a hub name (owner/name)")
+        raise UserError(
+            f"model.name: there is no folder {name}; give a model folder or a hub name (owner/name)"
+        )
     return name
 
 

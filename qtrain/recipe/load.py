@@ -92,7 +92,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value} is there twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key_node.value} is there twice", problem_mark=key_node.start_mark
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -144,7 +146,9 @@ def _apply(tree: Tree, override: str) -> None:
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"--set {override!r}: the value is not valid YAML: {str(error).splitlines()[0]}"
+        ) from None
     *parents, last = key.split(".")
     place = tree
     for parent in parents:
@@ -176,7 +180,11 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     """The recipe's key; what pydantic adds for the members of a union is left out."""
     parts: list[str] = []
     for part in loc:
-        if isinstance(part, int) or not (part.isidentifier() and part.islower()) or part in ("bool", "int", "str"):
+        if (
+            isinstance(part, int)
+            or not (part.isidentifier() and part.islower())
+            or part in ("bool", "int", "str")
+        ):
             break
         parts.append(part)
     return ".".join(parts)

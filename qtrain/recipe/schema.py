@@ -59,10 +59,10 @@ class DataSettings(Section):
 
     train: list[str] = Field(default_factory=lambda: ["demo"], description="files, hub names, or `demo`")
     eval: list[str] = Field(default_factory=list, description="held-out rows, never trained on")
-    format: Literal[
-        "auto", "alpaca", "dolly", "self-instruct", "sharegpt", "openai", "preference"
-    ] = "auto"
-    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens; longer rows are cut and counted")
+    format: Literal["auto", "alpaca", "dolly", "self-instruct", "sharegpt", "openai", "preference"] = "auto"
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        2048, description="tokens; longer rows are cut and counted"
+    )
     reasoning: Literal["think", "plain", "drop"] = Field(
         "think", description="how a `reasoning` field stands before the answer: <think> tags, plain, left out"
     )
@@ -97,7 +97,9 @@ class TrainingSettings(Section):
 
     method: Literal["sft", "dpo"] = "sft"
     epochs: Annotated[float, Field(gt=0)] = 2.0
-    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps; overrides epochs")
+    max_steps: Positive | None = Field(
+        None, description="stop after so many optimizer steps; overrides epochs"
+    )
     batch_size: Positive = Field(2, description="rows (or pairs) a device sees at once")
     gradient_accumulation: Positive = 8
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -111,7 +113,9 @@ class TrainingSettings(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: Positive = 1
     save_every: Positive = Field(50, description="optimizer steps between checkpoints")
-    eval_every: Positive | None = Field(None, description="optimizer steps between evaluations; null: at the end")
+    eval_every: Positive | None = Field(
+        None, description="optimizer steps between evaluations; null: at the end"
+    )
     keep_checkpoints: Positive = 2
     report_to: list[Literal["wandb", "trackio"]] = Field(
         default_factory=list, description="besides metrics.jsonl and TensorBoard, which are always written"

@@ -16,7 +16,16 @@ from typing import Any
 
 from .atomic import file_sha256
 
-_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "triton", "tokenizers")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "triton",
+    "tokenizers",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -36,7 +45,9 @@ def git_commit() -> dict[str, Any] | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+            )
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -92,7 +103,9 @@ def base_hashes(folder: str) -> dict[str, str]:
     if path is None:
         return {}
     wanted = sorted(
-        file for file in path.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+        file
+        for file in path.iterdir()
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
     )
     memory = _HashMemory()
     hashes = {file.name: memory.sha256(file) for file in wanted if file.is_file()}

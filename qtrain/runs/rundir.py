@@ -79,7 +79,9 @@ class RunDir:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise UserError(f"{self.status_file} can't be read: {error}; remove it and resume the run") from error
+            raise UserError(
+                f"{self.status_file} can't be read: {error}; remove it and resume the run"
+            ) from error
         return value if isinstance(value, dict) else {}
 
     def set_status(self, state: str, **figures: Any) -> None:
