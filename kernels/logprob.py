@@ -11,7 +11,8 @@ running maximum, as flash attention carries it along the keys, with W as both ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +74,9 @@ def linear_logprob(
     everything = rows.numel() == labels.numel()
     h = hidden_states if everything else hidden_states.index_select(0, rows)
     y = labels if everything else labels.index_select(0, rows)
-    logp, lse, entropy = _LinearLogprob.apply(h, lm_head_weight, bias, y, softcap, logit_scale, return_stats)
+    logits = _Logits(lm_head_weight, bias, softcap, logit_scale)
+    parts = _LinearLogprob.apply(h, lm_head_weight, bias, y, logits, return_stats)  # type: ignore[no-untyped-call]
+    logp, lse, entropy = parts
     if not everything:
         logp, lse, entropy = (
             part.new_zeros(labels.shape).index_put((rows,), part) for part in (logp, lse, entropy)
@@ -105,63 +108,64 @@ def _check(
     bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
     if bool(bad.any()):
         raise ValueError(
-            f"label {int(labels[bad][0])} is outside [0, {weight.shape[0]}) and not ignore_index={ignore_index}"
+            f"label {int(labels[bad][0])} is outside [0, {weight.shape[0]}) "
+            f"and not ignore_index={ignore_index}"
         )
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """Labelled rows only; dispatches on what needs a gradient."""
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """z = cap(scale * (h W^T + b)): how a tile of logits is made, and its slope."""
 
-    @staticmethod
-    def forward(ctx, h, weight, bias, labels, softcap, scale, stats):  # type: ignore[no-untyped-def]
-        trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-        want_u = h.requires_grad and not trainable_head
-        logp, lse, entropy, u = _forward_tiles(h, weight, bias, labels, softcap, scale, want_u, stats)
-        ctx.trainable_head, ctx.softcap, ctx.scale = trainable_head, softcap, scale
-        if trainable_head:
-            ctx.save_for_backward(h, weight, bias, labels, lse)
-        else:
-            ctx.save_for_backward(u)
-        ctx.mark_non_differentiable(lse, entropy)
-        return logp, lse, entropy
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _grad_lse, _grad_entropy):  # type: ignore[no-untyped-def]
-        if ctx.trainable_head:
-            dh, dw, db = _backward_tiles(
-                grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, ctx.needs_input_grad
-            )
-            return dh, dw, db, None, None, None, None
-        (u,) = ctx.saved_tensors
-        dh = None if u is None else (u * grad.unsqueeze(1)).to(u.dtype)
-        return dh, None, None, None, None, None, None
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything but the matmuls."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
+    def tile(self, h: Tensor, words: slice) -> Tensor:
+        """Logits of some words, [T, v]."""
+        bias = None if self.bias is None else self.bias[words]
+        return self._finish((h @ self.weight[words].T).to(self.dtype), bias)
 
-def _acc_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    def of_labels(self, h: Tensor, w_label: Tensor, labels: Tensor) -> Tensor:
+        """Each row's own label's logit, [T], not rounded to the dtype of the weight."""
+        bias = None if self.bias is None else self.bias.index_select(0, labels)
+        return self._finish(torch.linalg.vecdot(h.to(self.dtype), w_label.to(self.dtype)), bias)
 
+    def _finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            z += bias.to(self.dtype)
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
 
-def _cap(z: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Bias, scale and soft-cap in place on a tile of logits in accumulation dtype."""
-    if bias is not None:
-        z += bias
-    if scale != 1.0:
-        z *= scale
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    return z
+    def slope(self, z: Tensor) -> Tensor | None:
+        """dz / d(scaled logit) = 1 - (z / softcap)^2; None where it is 1."""
+        if self.softcap is None:
+            return None
+        return (1 - (z / self.softcap).square_()).nan_to_num_()  # a forbidden word's -inf has no slope
 
-
-def _slope(z: Tensor, softcap: float | None) -> Tensor | None:
-    """dz/d(scaled logit) = 1 - (z / softcap)^2, or None where it is 1."""
-    return None if softcap is None else 1 - (z / softcap).square_()
+    def vocabulary(self) -> list[slice]:
+        """Its tiles."""
+        size = self.weight.shape[0]
+        return [slice(first, min(first + VOCAB_TILE, size)) for first in range(0, size, VOCAB_TILE)]
 
 
-def _label_logits(h: Tensor, w_label: Tensor, bias: Tensor | None, labels: Tensor, softcap, scale) -> Tensor:  # type: ignore[no-untyped-def]
-    acc = _acc_dtype(w_label)
-    z = torch.linalg.vecdot(h.to(acc), w_label.to(acc))  # [T]
-    return _cap(z, None if bias is None else bias.index_select(0, labels).to(acc), softcap, scale)
+def _row_tiles(count: int) -> list[slice]:
+    return [slice(start, start + ROW_TILE) for start in range(0, count, ROW_TILE)]
+
+
+def _labels_inside(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose label lies among `words`, and its place there."""
+    rows = ((labels >= words.start) & (labels < words.stop)).nonzero().squeeze(1)
+    return rows, labels[rows] - words.start
 
 
 def _finite(m: Tensor) -> Tensor:
@@ -169,95 +173,132 @@ def _finite(m: Tensor) -> Tensor:
     return torch.where(m == -torch.inf, torch.zeros_like(m), m)
 
 
-def _forward_tiles(h, weight, bias, labels, softcap, scale, want_u, stats):  # type: ignore[no-untyped-def]
-    """Row tile by row tile; returns logp, lse, entropy [T] and u [T, H] in the dtype of h, or None."""
-    acc = _acc_dtype(weight)
-    logp, lse, entropy = (torch.empty(labels.shape, dtype=acc, device=h.device) for _ in range(3))
+class _LinearLogprob(torch.autograd.Function):
+    """Labelled rows only; what is saved depends on what needs a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: _Logits, stats: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+        want_u = h.requires_grad and not ctx.trainable_head
+        logp, lse, entropy, u = _forward(h, labels, logits, want_u, stats)
+        ctx.logits = logits
+        ctx.save_for_backward(*((h, labels, lse) if ctx.trainable_head else (u,)))
+        ctx.mark_non_differentiable(lse, entropy)
+        return logp, lse, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor, _grad_lse: Tensor, _grad_entropy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.trainable_head:
+            h, labels, lse = ctx.saved_tensors
+            dh, dw, db = _backward(grad, h, labels, lse, ctx.logits, ctx.needs_input_grad)
+            return dh, dw, db, None, None, None
+        (u,) = ctx.saved_tensors
+        dh = None if u is None else (u * grad.unsqueeze(1)).to(u.dtype)
+        return dh, None, None, None, None, None
+
+
+def _forward(
+    h: Tensor, labels: Tensor, logits: _Logits, want_u: bool, stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Row tile by row tile; logp, lse, entropy [T], and u [T, H] in the dtype of h."""
+    logp, lse, entropy = (torch.zeros(labels.shape, dtype=logits.dtype, device=h.device) for _ in range(3))
     u = torch.empty_like(h) if want_u else None
-    for start in range(0, labels.numel(), ROW_TILE):
-        part = slice(start, start + ROW_TILE)
-        tile = _softmax_along_vocab(
-            h[part].to(weight.dtype), weight, bias, labels[part], softcap, scale, want_u, stats
-        )
-        logp[part], lse[part], entropy[part], u_part = tile
+    for rows in _row_tiles(labels.numel()):
+        softmax = _Softmax(h[rows].to(logits.weight.dtype), labels[rows], logits, want_u, stats)
+        for words in logits.vocabulary():
+            softmax.add(words)
+        lse[rows] = softmax.m + torch.log(softmax.s)
+        logp[rows] = softmax.z_label - lse[rows]
+        if softmax.z_sum is not None:
+            entropy[rows] = lse[rows] - softmax.z_sum / softmax.s
         if u is not None:
-            u[part] = u_part
-    if not stats:
-        entropy.zero_()
+            u[rows] = softmax.u()
     return logp, lse, entropy, u
 
 
-def _softmax_along_vocab(h, weight, bias, labels, softcap, scale, want_u, stats):  # type: ignore[no-untyped-def]
-    """One row tile: running maximum m, sum s, and the weighted sums of W (for u) and of z (for the entropy).
+class _Softmax:
+    """The softmax of one row tile, carried along the vocabulary.
 
-    The state starts from the label itself (m = z_y, s = 1), whose logit is then left out of its tile:
-    so p_y comes from the exact float32 logit even where the tiles are rounded to bf16.
+    m is the running maximum, s the sum of exp(z - m), `weighted` the same sum with W (for u) and `z_sum`
+    with z (for the entropy). The state starts from the label itself (m = z_y, s = 1), which is then left
+    out of its tile: p_y comes from the exact logit even where the tiles are rounded to bf16.
     """
-    acc = _acc_dtype(weight)
-    w_label = weight.index_select(0, labels)  # [T, H]
-    z_label = _label_logits(h, w_label, bias, labels, softcap, scale)
-    slope_label = _slope(z_label, softcap)
-    grad_label = w_label.to(acc) if slope_label is None else w_label.to(acc) * slope_label.unsqueeze(1)
-    m = z_label.clone()
-    s = torch.exp(z_label - _finite(m))
-    weighted = grad_label * s.unsqueeze(1) if want_u else None  # [T, H]
-    z_sum = torch.special.xlogy(s, 1.0) + torch.where(s > 0, s * z_label, s) if stats else None
-    for first in range(0, weight.shape[0], VOCAB_TILE):
-        w = weight[first : first + VOCAB_TILE]
-        z = (h @ w.T).to(acc)  # [T, v]
-        _cap(z, None if bias is None else bias[first : first + VOCAB_TILE].to(acc), softcap, scale)
-        inside = ((labels >= first) & (labels < first + w.shape[0])).nonzero().squeeze(1)
-        z[inside, labels[inside] - first] = -torch.inf
-        m_new = torch.maximum(m, z.amax(dim=1))
-        rescale = torch.exp(m - _finite(m_new))  # [T]
-        slope = _slope(z, softcap)
-        z_kept = z.clone() if stats else None
-        p = z.sub_(_finite(m_new).unsqueeze(1)).exp_()
-        s = s * rescale + p.sum(dim=1)
-        if z_sum is not None and z_kept is not None:
-            z_sum = z_sum * rescale + torch.where(p > 0, p * z_kept, p).sum(dim=1)
-        if weighted is not None:
-            weighted.mul_(rescale.unsqueeze(1))
-            weighted += (p if slope is None else p * slope.nan_to_num_()).to(w.dtype) @ w
-        m = m_new
-    lse = m + torch.log(s)
-    u = None if weighted is None else (grad_label - weighted / s.unsqueeze(1)) * scale
-    entropy = lse - z_sum / s if z_sum is not None else lse
-    return z_label - lse, lse, entropy, u
+
+    def __init__(self, h: Tensor, labels: Tensor, logits: _Logits, want_u: bool, stats: bool) -> None:
+        self.h, self.labels, self.logits = h, labels, logits
+        w_label = logits.weight.index_select(0, labels)  # [T, H]
+        self.z_label = logits.of_labels(h, w_label, labels)
+        self.m = self.z_label.clone()
+        self.s = torch.exp(self.z_label - _finite(self.m))  # 1, or 0 for a forbidden label
+        slope = logits.slope(self.z_label)
+        w_label = w_label.to(logits.dtype)
+        self.grad_label = w_label if slope is None else w_label * slope.unsqueeze(1)
+        self.weighted = self.grad_label * self.s.unsqueeze(1) if want_u else None  # [T, H]
+        self.z_sum = torch.where(self.s > 0, self.s * self.z_label, self.s) if stats else None
+
+    def add(self, words: slice) -> None:
+        """Take one tile of the vocabulary in."""
+        z = self.logits.tile(self.h, words)  # [T, v]
+        z[_labels_inside(self.labels, words)] = -torch.inf
+        m = torch.maximum(self.m, z.amax(dim=1))
+        rescale = torch.exp(self.m - _finite(m))  # [T]
+        slope = self.logits.slope(z)
+        kept = z.clone() if self.z_sum is not None else None
+        p = z.sub_(_finite(m).unsqueeze(1)).exp_()
+        self.m, self.s = m, self.s * rescale + p.sum(dim=1)
+        if self.z_sum is not None and kept is not None:
+            self.z_sum = self.z_sum * rescale + torch.where(p > 0, p * kept, p).sum(dim=1)
+        if self.weighted is not None:
+            w = self.logits.weight[words]
+            self.weighted.mul_(rescale.unsqueeze(1))
+            self.weighted += (p if slope is None else p * slope).to(w.dtype) @ w
+
+    def u(self) -> Tensor:
+        """dlogp/dh = scale * (slope_y W_y - sum_v p_v slope_v W_v)."""
+        if self.weighted is None:
+            raise RuntimeError("u was not asked for")
+        return (self.grad_label - self.weighted / self.s.unsqueeze(1)) * self.logits.scale
 
 
-def _backward_tiles(grad, h, weight, bias, labels, lse, softcap, scale, needs):  # type: ignore[no-untyped-def]
-    """dz = g * (onehot - p) * slope * scale, tile by tile: dh += dz W, dW += dz^T h, db += sum dz."""
-    acc = _acc_dtype(weight)
-    hw = h.to(weight.dtype)
-    dh = torch.zeros(h.shape, dtype=acc, device=h.device) if needs[0] else None
+def _backward(
+    grad: Tensor, h: Tensor, labels: Tensor, lse: Tensor, logits: _Logits, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz = g * (onehot - p) * slope * scale, tile by tile: dh += dz W, dW = dz^T h, db = sum dz."""
+    weight, bias = logits.weight, logits.bias
+    low = h.to(weight.dtype)
+    dh = torch.zeros(h.shape, dtype=logits.dtype, device=h.device)
     dw = torch.zeros_like(weight) if needs[1] else None
     db = torch.zeros_like(bias) if bias is not None and needs[2] else None
-    for first in range(0, weight.shape[0], VOCAB_TILE):
-        w = weight[first : first + VOCAB_TILE]
-        span = slice(first, first + w.shape[0])
-        dw_tile = torch.zeros(w.shape, dtype=acc, device=w.device) if dw is not None else None
-        db_tile = torch.zeros(w.shape[:1], dtype=acc, device=w.device) if db is not None else None
-        for start in range(0, labels.numel(), ROW_TILE):
-            part = slice(start, start + ROW_TILE)
-            z = _cap((hw[part] @ w.T).to(acc), None if bias is None else bias[span].to(acc), softcap, scale)
-            slope = _slope(z, softcap)
-            dz = z.sub_(_finite(lse[part]).unsqueeze(1)).exp_().neg_()
-            y = labels[part]
-            inside = ((y >= first) & (y < first + w.shape[0])).nonzero().squeeze(1)
-            dz[inside, y[inside] - first] += 1
-            dz *= grad[part].unsqueeze(1) * scale
-            if slope is not None:
-                dz *= slope.nan_to_num_()
-            dz_low = dz.to(w.dtype)
-            if dh is not None:
-                dh[part] += dz_low @ w
-            if dw_tile is not None:
-                dw_tile += dz_low.T @ hw[part]
-            if db_tile is not None:
-                db_tile += dz.sum(dim=0)
+    for words in logits.vocabulary():
+        w = weight[words]
+        dw_tile = torch.zeros(w.shape, dtype=logits.dtype, device=w.device)
+        db_tile = torch.zeros(w.shape[:1], dtype=logits.dtype, device=w.device)
+        for rows in _row_tiles(labels.numel()):
+            dz = _logit_gradient(grad[rows], low[rows], labels[rows], lse[rows], logits, words)
+            if needs[0]:
+                dh[rows] += dz.to(w.dtype) @ w
+            if dw is not None:
+                dw_tile += dz.to(w.dtype).T @ low[rows]
+            db_tile += dz.sum(dim=0)
         if dw is not None:
-            dw[span] = dw_tile.to(dw.dtype)
+            dw[words] = dw_tile.to(dw.dtype)
         if db is not None:
-            db[span] = db_tile.to(db.dtype)
-    return None if dh is None else dh.to(h.dtype), dw, db
+            db[words] = db_tile.to(db.dtype)
+    return dh.to(h.dtype) if needs[0] else None, dw, db
+
+
+def _logit_gradient(
+    grad: Tensor, h: Tensor, labels: Tensor, lse: Tensor, logits: _Logits, words: slice
+) -> Tensor:
+    """g * (onehot - p) * slope * scale for one tile, [T, v]."""
+    z = logits.tile(h, words)
+    slope = logits.slope(z)
+    dz = z.sub_(_finite(lse).unsqueeze(1)).exp_().neg_()
+    dz[_labels_inside(labels, words)] += 1
+    dz *= grad.unsqueeze(1) * logits.scale
+    return dz if slope is None else dz.mul_(slope)

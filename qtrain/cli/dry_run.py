@@ -43,10 +43,12 @@ def show(recipe: Recipe, console: Console) -> None:
     trainable, total = count_parameters(recipe)
     compute = choose_compute(recipe.model)
     steps = planned_steps(recipe, len(data.train))
+    dtype = str(compute.dtype).removeprefix("torch.")
+    batch = f"{recipe.training.batch_size} x {recipe.training.gradient_accumulation} rows"
     console.print(
         f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})\n"
-        f"device: {compute.device}, compute in {str(compute.dtype).removeprefix('torch.')}: {compute.reason}\n"
-        f"optimizer steps: {steps} of {recipe.training.batch_size} x {recipe.training.gradient_accumulation} rows\n"
+        f"device: {compute.device}, compute in {dtype}: {compute.reason}\n"
+        f"optimizer steps: {steps} of {batch}\n"
         f"run directory: {recipe.out} (not made)\n"
         "nothing was trained",
         highlight=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fals
     from qtrain.runs.manifest import cache_folder, machine, versions
 
     compute = choose_compute(ModelSettings())
-    found = {
+    found: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(),
         "compute": {
@@ -38,7 +38,7 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fals
     _tables(found)
 
 
-def _tables(found: dict[str, object]) -> None:
+def _tables(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     say = console()
@@ -55,15 +55,12 @@ def _tables(found: dict[str, object]) -> None:
         say.print(table)
         say.print()
     table = Table("op", "backend", "reason", title="kernels", title_justify="left", box=None)
-    ops = found["ops"]
-    for entry in ops if isinstance(ops, list) else []:
+    for entry in found["ops"]:
         table.add_row(entry["op"], entry["backend"], entry["reason"])
     say.print(table)
 
 
-def _rows(section: object) -> list[tuple[str, str]]:
-    if not isinstance(section, dict):
-        return []
+def _rows(section: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (str(name), "not installed" if value is None else "none" if value == [] else str(value))
         for name, value in section.items()

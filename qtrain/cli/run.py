@@ -177,8 +177,9 @@ def _say_finished(outcome: Any) -> None:
     say.print(
         f"[green]finished[/green] {outcome.run.path}: {', '.join(parts)}", highlight=False, soft_wrap=True
     )
+    path = outcome.run.path
     say.print(
-        f"next: qtrain eval {outcome.run.path} · qtrain compare BASE {outcome.run.path} · qtrain chat {outcome.run.path}",
+        f"next: qtrain eval {path} · qtrain compare BASE {path} · qtrain chat {path}",
         style="dim",
         highlight=False,
         soft_wrap=True,
