@@ -36,7 +36,7 @@ def new_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel:
 
 
 def continue_adapter(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> PeftModel:
-    """Load an adapter to train it further. Its shape (r, targets) is the parent's; the dropout is the recipe's.
+    """Load an adapter to train it further: the shape (r, targets) is its own, the dropout the recipe's.
 
     Raises:
         UserError: the folder holds no adapter, or one of another shape than the base or the recipe.
@@ -46,7 +46,8 @@ def continue_adapter(model: PreTrainedModel, folder: Path, settings: AdapterSett
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.r != settings.r:
         raise UserError(
-            f"adapter.r is {settings.r} but the parent's adapter has r={config.r}; a continued adapter keeps its shape"
+            f"adapter.r is {settings.r} but the parent's adapter has r={config.r}; "
+            "a continued adapter keeps its shape"
         )
     config.lora_dropout = settings.dropout
     try:

@@ -33,8 +33,8 @@ def attach_logprob_forward(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"{type(model).__name__}: its output head is {type(head).__name__}, a plain linear layer is needed; "
-            "take lm_head out of adapter.target_modules"
+            f"{type(model).__name__}: its output head is {type(head).__name__}, "
+            "a plain linear layer is needed; take lm_head out of adapter.target_modules"
         )
     softcap, scale = _logit_transform(model)
     plain_forward = model.forward

@@ -14,7 +14,7 @@ from .atomic import write_json
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """`runs/NAME`: recipe.yaml, manifest.json, status.json, adapter/, checkpoints/, metrics.jsonl, tensorboard/."""
+    """The folder of one run: its recipe, manifest and status, adapter, checkpoints and metrics."""
 
     path: Path
 

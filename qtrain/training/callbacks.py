@@ -30,7 +30,10 @@ def peak_memory_mib() -> float:
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON line a logged step, with speed and memory; a resumed run drops the lines it will write again."""
+    """One JSON line a logged step, with speed and memory.
+
+    A resumed run drops the lines that it will write again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -180,7 +183,8 @@ class PlainProgress(TrainerCallback):
         ):
             self.say(
                 f"step {state.global_step}/{state.max_steps}  loss {last['loss']:.4f}  "
-                f"{last.get('tokens_per_second', 0):.0f} tok/s  {last.get('supervised_tokens', 0):.0f} supervised tokens  "
+                f"{last.get('tokens_per_second', 0):.0f} tok/s  "
+                f"{last.get('supervised_tokens', 0):.0f} supervised tokens  "
                 f"peak {last.get('peak_memory_mib', 0):.0f} MiB"
             )
 

@@ -58,8 +58,8 @@ def parent_adapter(recipe: Recipe) -> Path | None:
     theirs = load_recipe(run.recipe, []).model
     if theirs.name != recipe.model.name:
         raise UserError(
-            f"parent: {recipe.parent} was trained on {theirs.name}, this run's model.name is {recipe.model.name}; "
-            "a continued adapter keeps its base"
+            f"parent: {recipe.parent} was trained on {theirs.name}, "
+            f"this run's model.name is {recipe.model.name}; a continued adapter keeps its base"
         )
     return run.adapter
 

@@ -126,7 +126,8 @@ def _train(trainer: LogprobTrainer, stop: StopOnSignal, run: RunDir, start: Path
         if main:
             run.set_status("stopped", step=step, reason=stop.received.name)
         say(
-            f"stopped at step {step} of {trainer.state.max_steps}; go on with: qtrain run --resume --out {run.path}"
+            f"stopped at step {step} of {trainer.state.max_steps}; "
+            f"go on with: qtrain run --resume --out {run.path}"
         )
         return Outcome(run, "stopped", step, {})
     figures = _finish(trainer, run)

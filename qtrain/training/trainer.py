@@ -116,8 +116,8 @@ class LogprobTrainer(Trainer):
         if not bool(torch.isfinite(total)):
             raise NonFiniteLoss(
                 f"the loss is {float(total.detach())} at step {self.state.global_step + 1}, training rows "
-                f"{self._name_rows(inputs)}; nothing was updated. Lower training.learning_rate or look at these "
-                f"rows; the last good checkpoint is kept"
+                f"{self._name_rows(inputs)}; nothing was updated. Lower training.learning_rate or look "
+                f"at these rows; the last good checkpoint is kept"
             )
         return total / num_items_in_batch * self.accelerator.num_processes
 
@@ -129,8 +129,8 @@ class LogprobTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
             raise NonFiniteLoss(
-                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}; nothing was updated. "
-                f"Lower training.learning_rate; the last good checkpoint is kept"
+                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}; "
+                f"nothing was updated. Lower training.learning_rate; the last good checkpoint is kept"
             )
         return norm
 

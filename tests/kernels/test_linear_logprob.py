@@ -170,8 +170,10 @@ def test_same_bits_on_every_run() -> None:
 )
 def test_wrong_arguments_are_named(change: dict[str, object], error: type[Exception], words: str) -> None:
     arguments = {
-        "hidden_states": torch.zeros(2, 4), "lm_head_weight": torch.zeros(40, 4), "labels": torch.tensor([0, 1])
-    } | change  # fmt: skip
+        "hidden_states": torch.zeros(2, 4),
+        "lm_head_weight": torch.zeros(40, 4),
+        "labels": torch.tensor([0, 1]),
+    } | change
     with pytest.raises(error, match=words):
         linear_logprob(**arguments)  # type: ignore[arg-type]
 

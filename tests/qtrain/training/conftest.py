@@ -17,7 +17,7 @@ from qtrain.recipe.schema import Recipe
 from qtrain.training.run import Outcome, train
 from tests.qtrain.tiny import save_tiny_base, write_rows
 
-WORDS = "total growth week city Berlin Paris sales report table JSON 12 7 120 5".split()
+WORDS = ["total", "growth", "week", "city", "Berlin", "Paris", "sales", "report", "table", "JSON", "12", "7"]
 
 
 def _text(generator: random.Random, low: int, high: int) -> str:

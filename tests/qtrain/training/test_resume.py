@@ -148,7 +148,7 @@ def test_damage_is_named_and_the_checkpoint_before_it_used(tmp_path: Path, name:
     assert len(said) == 1
     assert name in said[0]
     harm(tmp_path / "checkpoint-5" / name)  # type: ignore[operator]
-    with pytest.raises(UserError, match="no checkpoint in .* is complete"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         latest_complete(tmp_path, said.append)
 
 
@@ -223,8 +223,9 @@ def test_full_disk_is_one_line_and_the_checkpoint_before_it_is_whole(
 
 
 def _torchrun(recipe: Recipe, folder: Path) -> subprocess.CompletedProcess[str]:
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m qtrain run".split()
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qtrain", "run", str(_recipe_file(recipe, folder))],
+        [sys.executable, *torchrun, str(_recipe_file(recipe, folder))],
         env=_environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 

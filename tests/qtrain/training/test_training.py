@@ -88,10 +88,10 @@ def test_reference_is_computed_once_and_reused(
     before = table.read_bytes()
     (recipe.out / "status.json").write_text('{"state": "running"}')
 
-    def refuse(*args: object) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("the reference was computed again")
 
-    monkeypatch.setattr(run_module, "score_pairs", lambda *args: refuse)
+    monkeypatch.setattr(run_module, "score_pairs", lambda *_: refuse)
     do_run(recipe, resume=True)
     assert table.read_bytes() == before
 
@@ -200,9 +200,8 @@ def test_nan_stops_the_run_and_names_the_rows(make_recipe: MakeRecipe, base: Pat
     """A weight that only row 7 touches is NaN."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tests.qtrain.tiny import write_rows
-
     from qtrain.training.trainer import NonFiniteLoss
+    from tests.qtrain.tiny import write_rows
 
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     model.config.tie_word_embeddings = False
