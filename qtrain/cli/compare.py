@@ -43,11 +43,12 @@ def compare(
         )
     from qtrain.evaluation.compare import compare_subjects
     from qtrain.evaluation.evaluate import EvalSettings
-    from qtrain.evaluation.page import write_page
+    from qtrain.evaluation.page import prepare_place, write_page
     from qtrain.evaluation.tables import show_comparison
 
     say = Console(stderr=True) if json else console()
     settings = EvalSettings(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    prepare_place(html, "--html")
     result = compare_subjects(subjects, data or [], settings, say)
     write_page(result, html)
     if json:

@@ -33,15 +33,17 @@ def evaluate(
     A run evaluated on its own held-out rows keeps the result in RUN/eval.json, which `qtrain runs` shows.
     """
     from qtrain.evaluation.evaluate import EvalSettings, evaluate_one
+    from qtrain.evaluation.page import prepare_place
     from qtrain.evaluation.tables import show_evaluation
     from qtrain.runs.atomic import disk_errors, write_json
 
     say = Console(stderr=True) if json else console()
     settings = EvalSettings(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if out is not None:
+        prepare_place(out, "--out")
     result = evaluate_one(subject, data or [], settings, say)
     if out is not None:
         with disk_errors("the evaluation", out):
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, result)
     if json:
         typer.echo(json_module.dumps(result, indent=2, ensure_ascii=False))

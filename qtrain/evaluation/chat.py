@@ -14,6 +14,7 @@ from qtrain.errors import UserError
 from qtrain.model.load import Base
 
 from .evaluate import speaker
+from .figures import printable
 from .generate import decode_steps, decode_text, sampler
 from .score import make_encoder, stop_ids
 from .subject import Subject, adapted, find_subject, open_base
@@ -58,7 +59,7 @@ class Chat:
             )
         stops = stop_ids(self.base, self.encoder)
         ids: list[int] = []
-        shown = ""
+        shown = 0  # characters
         pick = sampler(self.settings.temperature, self.settings.seed + self.answers)
         self.answers += 1
         steps = decode_steps(
@@ -69,9 +70,11 @@ class Chat:
                 if token not in stops:
                     ids.append(token)
                 text = decode_text(self.base.tokenizer, ids)
-                if not text.endswith(_HALF_CHARACTER) and len(text) > len(shown):
-                    yield text[len(shown) :]
-                    shown = text
+                whole = text.removesuffix(_HALF_CHARACTER)
+                if len(whole) > shown:
+                    yield whole[shown:]
+                    shown = len(whole)
+            yield decode_text(self.base.tokenizer, ids)[shown:]
         finally:
             self.messages.append(Message("assistant", decode_text(self.base.tokenizer, ids)))
 
@@ -147,5 +150,5 @@ def _context(base: Base) -> int:
 
 
 def _write(console: Console, text: str) -> None:
-    console.file.write(text)
+    console.file.write(printable(text) if console.is_terminal else text)
     console.file.flush()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp")
 
 
 def value_text(value: float, unit: str) -> str:
@@ -24,7 +27,20 @@ def difference_text(interval: Mapping[str, Any], unit: str) -> str:
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def printable(text: str) -> str:
+    """Text that moves no cursor and turns no writing around: control and format characters become `·`."""
+    return "".join(
+        "    " if char == "\t" else "·" if unicodedata.category(char) in _UNSEEN and char != "\n" else char
+        for char in text
+    )
+
+
 def shortened(text: str, length: int) -> str:
     """One line of at most `length` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= length else f"{flat[: length - 1]}…"
+
+
+def short_source(source: str) -> str:
+    """'/far/away/rows.jsonl:7' -> 'rows.jsonl:7'."""
+    return source.replace("\\", "/").rpartition("/")[2]

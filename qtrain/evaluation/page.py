@@ -10,7 +10,7 @@ from typing import Any
 from qtrain.errors import UserError
 from qtrain.runs.atomic import disk_errors, write_text
 
-from .figures import difference_text, interval_text, value_text
+from .figures import difference_text, interval_text, short_source, value_text
 
 
 def render_page(result: Mapping[str, Any]) -> str:
@@ -25,22 +25,29 @@ def render_page(result: Mapping[str, Any]) -> str:
         "interval": interval_text,
         "difference": difference_text,
         "bar": _bar,
+        "source": short_source,
     }
     template = files("qtrain.evaluation").joinpath("compare.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(result)
 
 
 def write_page(result: Mapping[str, Any], path: Path) -> None:
-    """Render to a file, whole or not at all.
+    """Render to a file, whole or not at all."""
+    with disk_errors("the page", path):
+        write_text(path, render_page(result))
+
+
+def prepare_place(path: Path, option: str) -> None:
+    """Make the folder of an output file, before the work whose result goes there.
 
     Raises:
         UserError: the path is a folder.
+        QtrainError: its folder can't be made.
     """
     if path.is_dir():
-        raise UserError(f"--html {path} is a folder; name a file in it, such as {path / 'compare.html'}")
-    with disk_errors("the page", path):
+        raise UserError(f"{option} {path} is a folder; name a file in it, such as {path / 'result'}")
+    with disk_errors("a result", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, render_page(result))
 
 
 def _bar(interval: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .figures import difference_text, interval_text, shortened, value_text
+from .figures import difference_text, interval_text, printable, short_source, shortened, value_text
 
 SHOWN_ROWS = 3
 _LINES = 6  # of an answer
@@ -36,7 +36,7 @@ def show_evaluation(result: Result, console: Console) -> None:
     _explain(result["sections"], console)
     failed = [row for row in subject["rows"] if not row["passed"]]
     for row in failed[:SHOWN_ROWS]:
-        console.print(_row_panel(row["source"], row, [("answer", row)]))
+        console.print(_row_panel(short_source(row["source"]), row, [("answer", row)]))
     if len(failed) > SHOWN_ROWS:
         _dim(console, f"{len(failed)} rows failed, {SHOWN_ROWS} are shown; --json or --out has all of them")
 
@@ -53,7 +53,7 @@ def show_comparison(result: Result, console: Console) -> None:
     for number in numbers[:SHOWN_ROWS]:
         answers = [(subject["name"], subject["rows"][number]) for subject in subjects]
         first = subjects[0]["rows"][number]
-        console.print(_row_panel(first["source"], first, answers))
+        console.print(_row_panel(short_source(first["source"]), first, answers))
     rows = len(subjects[0]["rows"])
     shown = f"; {SHOWN_ROWS} are shown, all are on the page" if len(numbers) > SHOWN_ROWS else ""
     console.print(f"they disagree in {len(numbers)} of {rows} rows{shown}", highlight=False)
@@ -120,10 +120,12 @@ def _row_panel(title: str, row: Result, answers: Sequence[tuple[str, Result]]) -
 
 
 def _block(title: str, body: str, style: str) -> Text:
-    return Text(f"{title}\n", style=style).append(f"{body}", style="default not bold")
+    return Text(f"{printable(title)}\n", style=style).append(printable(body), style="default not bold")
 
 
 def _head(text: str) -> str:
     lines = [shortened(line, 200) if len(line) > 200 else line for line in text.strip().splitlines()]
-    more = [f"… {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
-    return "\n".join((*lines[:_LINES], *more))
+    kept = (
+        lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"… {len(lines) - _LINES + 1} more lines"]
+    )
+    return "\n".join(kept)

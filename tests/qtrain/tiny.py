@@ -67,10 +67,12 @@ def tiny_qwen2(vocab_size: int = 320, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
-def save_tiny_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
+def save_tiny_base(folder: Path, seed: int = 0, eos_scale: float = 1.0, **changes: Any) -> Path:
     """A base model folder with weights, tokenizer and generation config."""
     tokenizer = tiny_tokenizer()
     model = tiny_qwen2(len(tokenizer), seed, **changes)
+    # longer than the other rows, so that the end of a turn is now and then the likeliest token
+    model.get_input_embeddings().weight.data[tokenizer.eos_token_id] *= eos_scale
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

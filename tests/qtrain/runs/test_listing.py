@@ -47,7 +47,9 @@ def test_figures_of_a_run(folder):
     assert (second.method, second.base, second.quantization) == ("dpo", "Qwen/Qwen2.5-7B-Instruct", "nf4")
     assert (second.state, second.steps, second.final_loss) == ("finished", 120, 0.12345)
     assert (second.eval_score, second.eval_rows, first.eval_score) == (0.875, 48, None)
-    assert second.size == sum(path.stat().st_size for path in (folder / "second").rglob("*") if path.is_file())
+    assert second.size == sum(
+        path.stat().st_size for path in (folder / "second").rglob("*") if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
@@ -111,6 +113,8 @@ def test_empty_folder_says_what_to_do(tmp_path):
     assert "qtrain run" in shown(tmp_path, 80)
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")]
+)
 def test_size_text(size, text):
     assert size_text(size) == text
