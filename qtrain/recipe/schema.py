@@ -53,6 +53,15 @@ class AdapterSettings(Section):
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: object) -> object:
+        if not isinstance(value, str) or value == "all-linear":
+            return value
+        if value.lower().replace("_", "-") == "all-linear":
+            raise ValueError(f"adapter.target_modules is {value!r}; did you mean all-linear?")
+        return [value]
+
 
 class DataSettings(Section):
     """The rows to learn from and how they become tokens."""

@@ -86,10 +86,7 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     elif main_process():
         begin_run(recipe)
     say(f"run: {run.path}")
-    data = prepare_data(recipe, run if main_process() else None)
-    for line in data.train.report.lines():
-        say(line)
-    prepared = prepare_model(recipe, say)
+    data, prepared = _prepare(recipe, run, resume, say)
     with disk_errors("the run", run.path):
         trainer, stop = _make_trainer(recipe, run, data, prepared, console, say)
         start = checkpoint.latest_complete(run.checkpoints, say) if resume else None
@@ -101,6 +98,19 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
             )
         _write_manifest(run, recipe, data, prepared, trainer)
         return _train(trainer, stop, run, start, say)
+
+
+def _prepare(recipe: Recipe, run: RunDir, resume: bool, say: Say) -> tuple[Data, Prepared]:
+    """Rows and model; a new run that a mistake in either stops leaves no directory behind."""
+    try:
+        data = prepare_data(recipe, run if main_process() else None)
+        for line in data.train.report.lines():
+            say(line)
+        return data, prepare_model(recipe, say)
+    except UserError:
+        if not resume and main_process():
+            shutil.rmtree(run.path)
+        raise
 
 
 def _silent(line: str) -> None:

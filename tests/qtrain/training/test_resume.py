@@ -223,7 +223,7 @@ def test_full_disk_is_one_line_and_the_checkpoint_before_it_is_whole(
 
 
 def _torchrun(recipe: Recipe, folder: Path) -> subprocess.CompletedProcess[str]:
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m qtrain run".split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qtrain", "run"]
     return subprocess.run(
         [sys.executable, *torchrun, str(_recipe_file(recipe, folder))],
         env=_environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
