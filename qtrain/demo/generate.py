@@ -19,9 +19,9 @@ from .tasks import Example, draw_report, draw_table
 from .words import LANGUAGES, Words
 
 SEED = 20
-COUNTS = {"sft-heldout": 60, "dpo-heldout": 36, "sft-train": 480, "dpo-train": 160}
+COUNTS = {"sft-heldout": 60, "dpo-heldout": 36, "sft-train": 720, "dpo-train": 160}
 # of twelve examples in a row, how many are: a table, a report to be worked out, a report of given figures
-MIX = "trtrtgtrtrtg"
+MIX = "rtrgrtrtrgrt"
 
 
 def generate(language: str) -> dict[str, bytes]:

@@ -65,67 +65,71 @@ def _wrong_cell(rows: list[dict[str, Any]], column: str, random: Random) -> list
     return wrong
 
 
+SALES = range(10, 70, 10)  # in tens, and few: a model of 135M parameters is to add and rank them
+
+
 def draw_report(words: Words, random: Random, *, given: bool) -> Example:
-    """Sales of 3-5 cities; the report states total, growth against last week and the top three.
+    """A week's sales; the report states total, growth against last week and the top three cities.
 
-    `given`: the data holds total and growth, and the answer needs no reasoning. Otherwise both are to
-    be worked out, and the reasoning shows the running sum, the growth and the order.
+    `given`: the data holds total and growth, and its cities are in order; the report has only to be
+    written. Otherwise all of that is to be worked out, which the reasoning does step by step.
     """
-    cities = random.sample(words.cities, random.randint(3, 5) if given else random.randint(3, 4))
-    sales = dict(zip(cities, random.sample(range(10, 91, 10), len(cities)), strict=True))
+    cities = random.sample(words.cities, random.randint(3, 4))
+    amounts = random.sample(SALES, len(cities))
+    if given:
+        amounts.sort(reverse=True)
+    sales = dict(zip(cities, amounts, strict=True))
     week, last = random.randint(1, 52), random.choice((100, 200))
-    total = sum(sales.values())
-    growth = (total - last) * 100 // last  # whole: sales come in tens
-    order = sorted(cities, key=lambda city: -sales[city])
-    week_key, last_key, sales_key, total_key, growth_key = words.report_keys
-    data: dict[str, Any] = {week_key: week}
-    data |= {total_key: total, growth_key: growth} if given else {last_key: last}
-    data[sales_key] = sales
-
-    def report(total: int, growth: int, top: list[str]) -> str:
-        return words.report.format(
-            week=week, total=total, growth=f"{growth:+d}", top=words.separator.join(top)
-        )
-
-    reasoning = None if given else _reasoning(words, sales, last, order, slip=0)
+    total, growth = sum(amounts), _growth(sum(amounts), last)
+    top = sorted(cities, key=lambda city: -sales[city])[:3]
     slip = random.choice((-20, -10, 10, 20))
-    wrong_growth = growth if given else (total + slip - last) * 100 // last
-    facts = {"week": week, "total": total, "growth": growth, "top": order[:3]}
-    chatty = words.chatty_report.format(
-        week=week, total=total, growth=f"{growth:+d}", top=words.separator.join(order[:3])
-    )
-    shuffled = [order[1], order[0], order[2]]
+    week_key, last_key, sales_key, total_key, growth_key = words.report_keys
+    figures = {total_key: total, growth_key: growth} if given else {last_key: last}
+
+    def report(template: str, total: int, growth: int, top: list[str]) -> str:
+        return template.format(week=week, total=total, growth=f"{growth:+d}", top=words.separator.join(top))
+
+    def reasoning(slip: int) -> str | None:
+        return None if given else _reasoning(words, sales, last, slip)
+
+    wrong_growth = growth if given else _growth(total + slip, last)
     return Example(
         instruction=words.summary_task if given else words.report_task,
-        input=_json(data),
-        output=report(total, growth, order[:3]),
-        reasoning=reasoning,
-        check={"kind": "sales_report", "language": _language(words), **facts},
+        input=_json({week_key: week, **figures, sales_key: sales}),
+        output=report(words.report, total, growth, top),
+        reasoning=reasoning(0),
+        check={
+            "kind": "sales_report",
+            "language": words.language,
+            "week": week,
+            "total": total,
+            "growth": growth,
+            "top": top,
+        },
         signature=f"report:{','.join(sorted(cities))}",
         rejected=(
-            (
-                report(total + slip, wrong_growth, order[:3]),
-                None if given else _reasoning(words, sales, last, order, slip=slip),
-            ),
-            (report(total, growth, shuffled), reasoning),
-            (chatty, None),
+            (report(words.report, total + slip, wrong_growth, top), reasoning(slip)),
+            (report(words.report, total, growth, [top[1], top[0], top[2]]), reasoning(0)),
+            (report(words.chatty_report, total, growth, top), None),
         ),
     )
 
 
-def _language(words: Words) -> str:
-    return "zh" if "{week}周" in words.report else "en"
+def _growth(total: int, last: int) -> int:
+    """Percent; whole, as sales come in tens and `last` is 100 or 200."""
+    return (total - last) * 100 // last
 
 
-def _reasoning(words: Words, sales: dict[str, int], last: int, order: list[str], slip: int) -> str:
-    """The sum step by step (its last step wrong by `slip`), the growth, the cities by sales."""
-    values = list(sales.values())
-    steps, running = [], values[0]
-    for number, value in enumerate(values[1:], start=2):
-        before, running = running, running + value + (slip if number == len(values) else 0)
-        steps.append(f"{before} + {value} = {running}")
+def _reasoning(words: Words, sales: dict[str, int], last: int, slip: int) -> str:
+    """The running sum (its last step wrong by `slip`), the growth, and who sold each possible amount."""
+    first, *others = sales.values()
+    steps, running = [], first
+    for number, amount in enumerate(others, start=1):
+        before, running = running, running + amount + (slip if number == len(others) else 0)
+        steps.append(f"{before} + {amount} = {running}")
     difference = running - last
-    growth = f"{running} - {last} = {difference}, {difference} / {last} = {difference * 100 // last:+d}%"
-    ranked = ", ".join(f"{city} {sales[city]}" for city in order)
+    growth = f"{running} - {last} = {difference}, {difference} / {last // 100} = {_growth(running, last):+d}"
+    city_of = {amount: city for city, amount in sales.items()}
+    ranked = ", ".join(f"{amount} {city_of.get(amount, '-')}" for amount in reversed(SALES))
     lines = (", ".join(steps), growth, ranked)
-    return "\n".join(sentence.format(line) for sentence, line in zip(words.thoughts, lines, strict=True))
+    return "\n".join(thought.format(line) for thought, line in zip(words.thoughts, lines, strict=True))

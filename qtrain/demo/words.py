@@ -13,6 +13,7 @@ def _each(names: str) -> tuple[str, ...]:
 class Words:
     """One language's texts."""
 
+    language: str
     cities: tuple[str, ...]
     # (name of the key column and its entries, then the number columns that may stand beside it)
     tables: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
@@ -21,13 +22,14 @@ class Words:
     summary_task: str  # total and growth are given
     report: str
     report_keys: tuple[str, str, str, str, str]  # week, last week, sales; total and growth where given
-    thoughts: tuple[str, str, str]  # of the sum, of the growth, of the order
+    thoughts: tuple[str, str, str]  # of the sum, of the growth, of the ranking
     separator: str
     chatter: str  # stands before an answer that strays from its template
     chatty_report: str
 
 
 EN = Words(
+    language="en",
     cities=_each(
         "Paris London Rome Berlin Madrid Vienna Oslo Dublin Lisbon Prague Athens Milan Boston Chicago "
         "Denver Seattle Dallas Toronto Tokyo Sydney Delhi Cairo Lima Moscow"
@@ -66,6 +68,7 @@ EN = Words(
 )
 
 ZH = Words(
+    language="zh",
     cities=_each(
         "北京 上海 广州 深圳 杭州 成都 重庆 武汉 西安 南京 苏州 天津 长沙 青岛 厦门 宁波 郑州 昆明 大连 沈阳 "
         "合肥 福州 济南 哈尔滨"
@@ -103,4 +106,4 @@ ZH = Words(
     chatty_report="第{week}周我们一共卖了{total}，环比{growth}%，卖得最好的是{top}，大家辛苦了！",
 )
 
-LANGUAGES = {"en": EN, "zh": ZH}
+LANGUAGES = {words.language: words for words in (EN, ZH)}
