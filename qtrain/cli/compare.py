@@ -24,9 +24,9 @@ def compare(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut answers there (default: 1.5 x the longest reference).")
+        int | None, typer.Option(min=1, help="Cut answers there (default: 1.25 x the longest reference).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 24,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 32,
     html: Annotated[Path, typer.Option(help="Where the page with every differing row goes.")] = Path(
         "runs/compare.html"
     ),

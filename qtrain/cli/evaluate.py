@@ -22,9 +22,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut answers there (default: 1.5 x the longest reference).")
+        int | None, typer.Option(min=1, help="Cut answers there (default: 1.25 x the longest reference).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 24,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, every row in it.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
 ) -> None:

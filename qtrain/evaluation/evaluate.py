@@ -22,7 +22,7 @@ from .score import make_encoder, score_answers, score_pairs
 from .subject import Say, Subject, adapted, find_subject, open_base
 from .summary import Measured, score_of, sections
 
-ANSWER_SLACK = 1.5  # an answer this much longer than the longest reference can't be equal to its own
+ANSWER_SLACK = 1.25  # an answer this much longer than the longest reference can't be equal to its own
 MIN_NEW_TOKENS = 64
 
 
@@ -32,7 +32,7 @@ class EvalSettings:
 
     limit: int | None = None
     max_new_tokens: int | None = None
-    batch_size: int = 24
+    batch_size: int = 32
 
 
 def speaker(console: Console) -> Say:

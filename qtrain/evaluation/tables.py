@@ -10,9 +10,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .checks import strip_thinking
 from .figures import difference_text, interval_text, printable, short_source, shortened, value_text
 
 SHOWN_ROWS = 3
+WIDE = 100  # columns
 _LINES = 6  # of an answer
 _STYLES = {"better": "bold green", "worse": "bold red"}
 
@@ -33,7 +35,10 @@ def show_evaluation(result: Result, console: Console) -> None:
             line["detail"],
         )
     console.print(table, highlight=False)
-    _explain(result["sections"], console)
+    console.print()
+    for section in result["sections"]:
+        console.print(_title(section))
+    console.print()
     failed = [row for row in subject["rows"] if not row["passed"]]
     for row in failed[:SHOWN_ROWS]:
         console.print(_row_panel(short_source(row["source"]), row, [("answer", row)]))
@@ -46,9 +51,9 @@ def show_comparison(result: Result, console: Console) -> None:
     _heading(result, console)
     subjects = result["subjects"]
     for section in result["sections"]:
-        console.print(_section_table(section, subjects[0]["name"]), highlight=False)
+        console.print(_title(section))
+        console.print(_section_table(section, subjects[0]["name"], console.width >= WIDE), highlight=False)
         console.print()
-    _explain(result["sections"], console)
     numbers = result["disagreements"]
     for number in numbers[:SHOWN_ROWS]:
         answers = [(subject["name"], subject["rows"][number]) for subject in subjects]
@@ -59,25 +64,30 @@ def show_comparison(result: Result, console: Console) -> None:
     console.print(f"they disagree in {len(numbers)} of {rows} rows{shown}", highlight=False)
 
 
-def _section_table(section: Result, first: str) -> Table:
+def _section_table(section: Result, first: str, wide: bool) -> Table:
+    """A subject's detail (perplexity, counts) has its own column where there is room, else its own line."""
     unit, detail = section["unit"], any(line["detail"] for line in section["lines"])
-    names = (section["title"], "value", "95 % interval", f"against {first}", "verdict")
-    table = _figures(names)
+    names = ("", "value", "95 % interval", f"against {shortened(first, 20)}", "verdict")
+    table = _figures((*names, "") if wide and detail else names)
     for line in section["lines"]:
-        value = value_text(line["value"]["mean"], unit)
         difference = "" if line["difference"] is None else difference_text(line["difference"], unit)
         word = line["verdict"] or ""
-        cell = Text(line["subject"])
-        if detail:
-            cell.append(f"\n  {line['detail']}", style="dim")
-        table.add_row(
-            cell, value, interval_text(line["value"], unit), difference, Text(word, _STYLES.get(word, ""))
-        )
+        name = Text(line["subject"])
+        if detail and not wide:
+            name.append(f"\n  {line['detail']}", style="dim")
+        cells = [
+            name,
+            value_text(line["value"]["mean"], unit),
+            interval_text(line["value"], unit),
+            difference,
+        ]
+        more = [Text(line["detail"], "dim")] if wide and detail else []
+        table.add_row(*cells, Text(word, _STYLES.get(word, "")), *more)
     return table
 
 
 def _figures(names: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for place, name in enumerate(names):
         table.add_column(
             Text(name),
@@ -98,11 +108,8 @@ def _heading(result: Result, console: Console) -> None:
     console.print()
 
 
-def _explain(found: Sequence[Result], console: Console) -> None:
-    for section in found:
-        if not section["title"].startswith("exact checks: "):
-            _dim(console, f"{section['title']}: {section['explanation']}")
-    console.print()
+def _title(section: Result) -> Text:
+    return Text(section["title"], style="bold").append(f"  {section['explanation']}", style="dim not bold")
 
 
 def _dim(console: Console, line: str) -> None:
@@ -110,7 +117,7 @@ def _dim(console: Console, line: str) -> None:
 
 
 def _row_panel(title: str, row: Result, answers: Sequence[tuple[str, Result]]) -> Panel:
-    parts: list[Text] = [_block("prompt", shortened(row["prompt"], 300), "bold")]
+    parts: list[Text] = [_block("prompt", _head(row["prompt"]), "bold")]
     parts.append(_block("reference", _head(row["reference"]), "bold"))
     for name, answer in answers:
         style = "green" if answer["passed"] else "red"
@@ -124,8 +131,15 @@ def _block(title: str, body: str, style: str) -> Text:
 
 
 def _head(text: str) -> str:
-    lines = [shortened(line, 200) if len(line) > 200 else line for line in text.strip().splitlines()]
+    """The first lines; of an answer with reasoning, those behind it."""
+    answer = strip_thinking(text)
+    before = ["<think> … </think>"] if answer.strip() and answer is not text else []
+    lines = [
+        shortened(line, 200) if len(line) > 200 else line
+        for line in (answer or text).splitlines()
+        if line.strip()
+    ]
     kept = (
         lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"… {len(lines) - _LINES + 1} more lines"]
     )
-    return "\n".join(kept)
+    return "\n".join(before + kept)
