@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
@@ -43,6 +44,9 @@ def _root(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
+    # Before torch is imported. OpenMP's threads spin while they wait: with any other process on the same
+    # cores, a step takes five to thirty times as long (docs/lab-log.md); asleep, they cost nothing measurable.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # bitsandbytes logs, when imported, that it found no hub kernels for CPUs; qtrain uses none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # peft still asks transformers by a name that is to go

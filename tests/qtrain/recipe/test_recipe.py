@@ -23,8 +23,8 @@ def _write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: {quantisation: 4}", r"yaml:1: unknown key model\.quantisation; did you mean model\.quantization\?"),
-        ("training:\n  lerning_rate: 1", r"yaml:2: unknown key training\.lerning_rate; .* training\.learning_rate\?"),
+        ("model: {quantisation: 4}", r"yaml:1: unknown key model\.quantisation; .* model\.quantization\?"),
+        ("training:\n  lerning_rate: 1", r"yaml:2: unknown key training\.lerning_rate; .*\.learning_rate\?"),
         ("trainin: {}", r"unknown key trainin; did you mean training\?"),
         ("learning_rate: 1e-4", r"did you mean training\.learning_rate\?"),
         ("training: {learning_rate: 7}", r"training\.learning_rate is 7: input should be less than 1"),
