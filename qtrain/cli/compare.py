@@ -39,7 +39,7 @@ def compare(
     """
     if len(subjects) < 2:
         raise UserError(
-            f"compare needs two or more runs or models, got only {subjects[0]}; such as: demo {subjects[0]}"
+            f"compare needs two or more runs or models, got only {subjects[0]}; such as: demo runs/v1"
         )
     from qtrain.evaluation.compare import compare_subjects
     from qtrain.evaluation.evaluate import EvalSettings

@@ -48,7 +48,9 @@ def collect(subjects: Sequence[Subject], data: Sequence[str], limit: int | None)
     files = _files(subjects, data)
     if not files:
         names = ", ".join(subject.name for subject in subjects)
-        raise UserError(f"{names}: no held-out rows (data.eval is empty); name a file with --data")
+        raise UserError(
+            f"{names}: no held-out rows (data.eval is empty); name a file with --data (demo: the rows that ship with qtrain)"
+        )
     conversations: dict[str, Conversation] = {}
     pairs: dict[str, PreferencePair] = {}
     met = 0
