@@ -49,7 +49,7 @@ def collect(subjects: Sequence[Subject], data: Sequence[str], limit: int | None)
     if not files:
         names = ", ".join(subject.name for subject in subjects)
         raise UserError(
-            f"{names}: no held-out rows (data.eval is empty); name a file with --data (demo: the rows that ship with qtrain)"
+            f"{names}: no held-out rows (data.eval is empty); name a file with --data, or --data demo"
         )
     conversations: dict[str, Conversation] = {}
     pairs: dict[str, PreferencePair] = {}
