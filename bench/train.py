@@ -22,7 +22,7 @@ from .launch import WorkerFailed, run_worker
 from .peers.environments import CACHE
 from .provenance import provenance
 from .table import markdown_table, terminal_table
-from .train_report import COLUMNS, cells, long_rows
+from .train_report import COLUMNS, against_best_peer, cells, long_rows
 from .variants import TASKS, Variant, variants
 from .workload import Workload, prepare
 
@@ -150,16 +150,27 @@ def main(
         }
         out.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"wrote {out}", highlight=False)
-    _show(tasks, rows, markdown)
+    lines = {
+        name: [
+            line for dtype in ("bf16", "fp32") if (line := against_best_peer(samples, name, dtype, seed=seed))
+        ]
+        for name in tasks
+    }
+    _show(tasks, rows, lines, markdown)
 
 
-def _show(tasks: list[str], rows: list[dict[str, Any]], markdown: Path | None) -> None:
+def _show(
+    tasks: list[str], rows: list[dict[str, Any]], notes: dict[str, list[str]], markdown: Path | None
+) -> None:
     screen = Console(width=None if sys.stdout.isatty() else 200)
     parts = []
     for name in tasks:
         lines = [cells(row) for row in rows if row["task"] == name]
         screen.print(terminal_table(name.upper(), COLUMNS, lines))
-        parts.append(f"### {name.upper()}\n\n{markdown_table(COLUMNS, lines)}")
+        for note in notes[name]:
+            screen.print(note, highlight=False, markup=False)
+        listed = "".join(f"- {note}\n" for note in notes[name])
+        parts.append(f"### {name.upper()}\n\n{markdown_table(COLUMNS, lines)}\n{listed}")
     if markdown is not None:
         markdown.write_text("\n".join(parts))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .statistics import Ratio, Runs, median, noise_floor, percentile, ratio_of_medians
+from .statistics import Runs, median, noise_floor, percentile, ratio_of_medians
 from .table import Column, figure
 from .variants import AGAIN, BASELINE, OURS, variants
 
@@ -102,12 +102,57 @@ def _against(
     """Ratios to the baseline, > 1 where this variant needs less."""
     if BASELINE not in good:
         return {}
-    time = ratio_of_medians(_epoch_cpu(good[BASELINE]), _epoch_cpu(group), seed=seed)
-    memory = median(_added(good[BASELINE])) / median(_added(group))
-    if group is good[BASELINE]:
+    baseline = good[BASELINE]
+    memory = median(_added(baseline)) / median(_added(group))
+    if group is baseline:
         return {"speedup": [1.0, 1.0, 1.0], "memory_ratio": 1.0, "verdict": "baseline"}
-    verdict = {"more": "faster", "less": "slower"}.get(time.verdict(floor or 0.0), "no difference")
-    return {"speedup": [time.low, time.estimate, time.high], "memory_ratio": memory, "verdict": verdict}
+    speedup, verdict = _compare(baseline, group, floor, seed)
+    return {"speedup": speedup, "memory_ratio": memory, "verdict": verdict}
+
+
+def _compare(
+    other: list[dict[str, Any]], group: list[dict[str, Any]], floor: float | None, seed: int
+) -> tuple[list[float | None], str]:
+    """How many times as long `other` takes, [low, estimate, high], and the verdict.
+
+    Between-process luck is invisible in one process, so that then there is neither interval nor verdict.
+    """
+    time = ratio_of_medians(_epoch_cpu(other), _epoch_cpu(group), seed=seed)
+    if min(len(other), len(group)) < 2:
+        return [None, time.estimate, None], "one process each"
+    if floor is None:
+        return [time.low, time.estimate, time.high], "noise not measured"
+    verdict = {"more": "faster", "less": "slower"}.get(time.verdict(floor), "no difference")
+    return [time.low, time.estimate, time.high], verdict
+
+
+def against_best_peer(samples: list[dict[str, Any]], task: str, dtype: str, *, seed: int) -> str | None:
+    """One line: our default, not our quickest, beside the quickest of the peers, dtype for dtype.
+
+    None where one side has no variant that passed.
+    """
+    good: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        if (sample["task"], sample["dtype"]) == (task, dtype) and sample["name"] != AGAIN:
+            good.setdefault(sample["name"], []).append(sample)
+    passed = [group for group in good.values() if _status(group) == "ok"]
+    order = [variant.name for variant in variants(task)]
+    ours = sorted(
+        (group for group in passed if group[0]["worker"] == "ours"),
+        key=lambda group: order.index(group[0]["name"]),
+    )
+    peers = [group for group in passed if group[0]["worker"] != "ours"]
+    if not ours or not peers:
+        return None
+    mine, theirs = ours[0], min(peers, key=lambda group: median(_epoch_cpu(group)))
+    rows = long_rows([sample for sample in samples if sample["task"] == task], seed=seed)
+    floor = next((row["noise_floor"] for row in rows), None)
+    speedup, verdict = _compare(theirs, mine, floor, seed)
+    return (
+        f"{task}, {dtype}: {theirs[0]['name']} takes {_interval(speedup)} times the CPU time of "
+        f"{mine[0]['name']} and {median(_added(theirs)) / median(_added(mine)):.1f} times the memory "
+        f"({verdict}; noise floor {'not measured' if floor is None else f'{floor:.0%}'})"
+    )
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -129,8 +174,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _interval(speedup: list[float] | None) -> str:
+def _interval(speedup: list[float | None] | None) -> str:
     if speedup is None:
         return "–"
-    ratio = Ratio(*speedup)
-    return f"{ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    low, estimate, high = speedup
+    interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{figure(estimate, 2)}{interval}"

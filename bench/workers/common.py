@@ -98,7 +98,7 @@ def step_callback(recorder: Recorder) -> Any:
     """A TrainerCallback that times each optimizer step and keeps what the trainer logs."""
     from transformers import TrainerCallback
 
-    class StepTimer(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    class StepTimer(TrainerCallback):
         def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
             self.cpu, self.wall = time.process_time(), time.perf_counter()
 

@@ -86,7 +86,7 @@ def _dpo(base: Any, job: Job, recorder: Recorder, arguments: dict[str, Any], sha
     import trl
     from datasets import Dataset
 
-    class TimedDPOTrainer(base):  # type: ignore[misc]
+    class TimedDPOTrainer(base):
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
             with Stopwatch() as watch:
                 result = super()._precompute_ref_logps(*args, **kwargs)

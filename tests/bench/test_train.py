@@ -14,7 +14,7 @@ from qtrain.bench.launch import WorkerFailed, environment, run_worker
 from qtrain.bench.peers.environments import PeerError, find_peer, peer_names
 from qtrain.bench.provenance import provenance, source_state
 from qtrain.bench.train import measure
-from qtrain.bench.train_report import COLUMNS, cells, long_rows
+from qtrain.bench.train_report import COLUMNS, against_best_peer, cells, long_rows
 from qtrain.bench.variants import AGAIN, BASELINE, OURS, TASKS, Variant, variants
 from qtrain.bench.workload import Workload
 
@@ -52,10 +52,19 @@ def sample(name: str, cpu: list[float], added_mib: int, status: str = "ok", turn
 
 
 def test_rows_hold_medians_ratios_and_no_warm_up() -> None:
-    rows = long_rows([sample(OURS, [2.0, 3.0, 4.0], 300), sample(BASELINE, [40.0, 40.0, 40.0], 2400)], seed=0)
-    trl, ours = rows  # in the order of the variants, not of the samples
+    twice = [
+        sample(name, cpu, added, turn=turn)
+        for turn in (0, 1)
+        for name, cpu, added in (
+            (OURS, [2.0, 3.0, 4.0], 300),
+            (AGAIN, [4.0, 4.0], 300),
+            (BASELINE, [40.0], 2400),
+        )
+    ]
+    rows = long_rows(twice, seed=0)
+    trl, ours, _again = rows  # in the order of the variants, not of the samples
     assert (trl["name"], trl["verdict"], trl["reference_cpu_s"]) == (BASELINE, "baseline", None)
-    assert (ours["cpu_s_p50"], ours["epoch_cpu_s_p50"], ours["n"]) == (3.0, 4.0, 3)
+    assert (ours["cpu_s_p50"], ours["epoch_cpu_s_p50"], ours["n"]) == (3.0, 4.0, 6)
     assert ours["speedup"][1] == 10.0  # 40 / (3 + 1): the reference pass is counted
     assert ours["memory_ratio"] == 8.0
     assert ours["verdict"] == "faster"
@@ -63,10 +72,28 @@ def test_rows_hold_medians_ratios_and_no_warm_up() -> None:
 
 
 def test_difference_within_the_noise_is_no_difference() -> None:
-    noisy = [sample(OURS, [1.0], 300), sample(AGAIN, [4.0], 300), sample(BASELINE, [3.0], 300)]
-    ours = next(row for row in long_rows(noisy, seed=0) if row["name"] == OURS)
+    once = [sample(OURS, [1.0], 300), sample(AGAIN, [4.0], 300), sample(BASELINE, [3.0], 300)]
+    ours = next(row for row in long_rows([*once, *once], seed=0) if row["name"] == OURS)
     assert ours["noise_floor"] > 0
     assert ours["verdict"] == "no difference"
+
+
+def test_one_process_gives_no_verdict() -> None:
+    rows = long_rows([sample(OURS, [1.0, 1.1], 300), sample(BASELINE, [30.0, 31.0], 2400)], seed=0)
+    ours = next(row for row in rows if row["name"] == OURS)
+    assert ours["verdict"] == "one process each"
+    assert cells(ours)[8] == "14.88"  # 30.5 / (1.05 + 1), without an interval
+
+
+def test_best_peer_is_compared_within_a_dtype() -> None:
+    fast, slow = sample("unsloth (default)", [8.0], 600), sample(BASELINE, [30.0], 2400)
+    fast["worker"] = slow["worker"] = "trl"
+    line = against_best_peer([sample(OURS, [1.0], 300), fast, slow], "dpo", "bf16", seed=0)
+    assert line is not None
+    assert line.startswith(
+        "dpo, bf16: unsloth (default) takes 4.00 times the CPU time of qtrain and 2.0 times"
+    )
+    assert against_best_peer([sample(OURS, [1.0], 300), fast], "dpo", "fp32", seed=0) is None
 
 
 def test_one_bad_process_takes_the_figures_away() -> None:
