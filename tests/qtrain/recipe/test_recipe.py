@@ -96,7 +96,8 @@ def test_without_a_recipe_it_is_the_demo(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     recipe = resolve(None, {"model.quantization": "nf4"}, [])
     assert (recipe.model.name, recipe.model.quantization, recipe.data.train) == ("demo", "nf4", ["demo"])
-    assert resolve(None, {"training.method": "dpo"}, []).training.method == "dpo"
+    with pytest.raises(UserError, match="runs/demo-sft is not a run directory"):
+        resolve(None, {"training.method": "dpo"}, [])  # the demo's DPO goes on from its SFT
 
 
 def test_with_a_model_it_is_the_general_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
