@@ -26,7 +26,7 @@ def compare(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut answers there (default: 1.25 x the longest reference).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once, at most.")] = 64,
     html: Annotated[Path, typer.Option(help="Where the page with every differing row goes.")] = Path(
         "runs/compare.html"
     ),

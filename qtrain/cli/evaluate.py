@@ -24,7 +24,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut answers there (default: 1.25 x the longest reference).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once, at most.")] = 64,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, every row in it.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
 ) -> None:

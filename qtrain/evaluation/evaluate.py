@@ -32,7 +32,7 @@ class EvalSettings:
 
     limit: int | None = None
     max_new_tokens: int | None = None
-    batch_size: int = 32
+    batch_size: int = 64
 
 
 def speaker(console: Console) -> Say:

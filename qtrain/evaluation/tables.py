@@ -75,7 +75,7 @@ def _section_table(section: Result, first: str, wide: bool) -> Table:
         name = Text(line["subject"])
         if detail and not wide:
             name.append(f"\n  {line['detail']}", style="dim")
-        cells = [
+        cells: list[Text | str] = [
             name,
             value_text(line["value"]["mean"], unit),
             interval_text(line["value"], unit),

@@ -56,6 +56,25 @@ def test_batched_equals_one_by_one(model, tokenizer):
     assert sum(done) == len(rows)
 
 
+def test_long_rows_are_decoded_in_smaller_batches(model, tokenizer, monkeypatch):
+    from qtrain.evaluation import generate as module
+
+    rows = prompts(9, seed=2)
+    sizes = []
+
+    def recorded(model, batch, *words, **named):
+        sizes.append((len(batch), max(map(len, batch)) + named["max_new_tokens"]))
+        return decode_steps(model, batch, *words, **named)
+
+    monkeypatch.setattr(module, "decode_steps", recorded)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 60)
+    answers = generate(model, tokenizer, rows, (), max_new_tokens=5, batch_size=4)
+    assert [answer.tokens for answer in answers] == [5] * 9
+    assert sum(size for size, _ in sizes) == 9
+    assert all(size == 1 or size * length <= 60 for size, length in sizes)
+    assert max(size for size, _ in sizes) > 1
+
+
 def test_a_stopped_row_leaves_the_batch(model):
     rows = prompts(6, seed=1)
     stop = common_stop(model, rows)
