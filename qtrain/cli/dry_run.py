@@ -16,7 +16,7 @@ from qtrain.model.devices import choose_compute
 from qtrain.model.load import base_folder, parameter_counts
 from qtrain.recipe.load import dump_recipe
 from qtrain.recipe.schema import Recipe
-from qtrain.training.prepare import parent_adapter, prepare_data
+from qtrain.training.prepare import check_request, parent_adapter, prepare_data
 
 SUPERVISED = "black on green"
 REJECTED = "white on red"
@@ -29,6 +29,7 @@ def show(recipe: Recipe, console: Console) -> None:
     Raises:
         UserError: whatever would stop the run.
     """
+    check_request(recipe)
     parent_adapter(recipe)
     data = prepare_data(recipe, None)
     for name, rows in (("training rows", data.train), ("held-out rows", data.held_out)):

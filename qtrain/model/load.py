@@ -147,7 +147,8 @@ def _loading(folder: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"model.name: {folder} can't be loaded: {_first_line(error)}") from error
+        remedy = "" if Path(folder).is_dir() else "; check the name and the network, or give a local folder"
+        raise UserError(f"model.name: {folder} can't be loaded: {_first_line(error)}{remedy}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
@@ -42,6 +45,23 @@ class Prepared:
     packed: bool
     shared_prompts: bool
     notes: dict[str, str]  # choice -> reason
+
+
+def check_request(recipe: Recipe) -> None:
+    """What can be refused before anything is read or written.
+
+    Raises:
+        UserError: an optimizer without its device, a logger that is not installed, FSDP for one process.
+    """
+    settings = recipe.training
+    if settings.optimizer != "adamw" and not torch.cuda.is_available():
+        raise UserError(f"training.optimizer is {settings.optimizer}, which needs a CUDA device; use adamw")
+    for name in settings.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"training.report_to names {name}, which is not installed; pip install {name}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp and processes == 1:
+        raise UserError("training.fsdp needs several processes, this is one; start it with torchrun")
 
 
 def parent_adapter(recipe: Recipe) -> Path | None:
@@ -132,15 +152,9 @@ def use_checkpointing(recipe: Recipe, base: Base) -> bool:
 
 
 def training_arguments(recipe: Recipe, run: RunDir, base: Base) -> TrainingArguments:
-    """The recipe in the words of transformers.
-
-    Raises:
-        UserError: an optimizer that needs CUDA, without CUDA.
-    """
+    """The recipe in the words of transformers."""
     settings = recipe.training
     cuda = base.compute.device.type == "cuda"
-    if settings.optimizer != "adamw" and not cuda:
-        raise UserError(f"training.optimizer is {settings.optimizer}, which needs a CUDA device; use adamw")
     dtype = str(base.compute.dtype)
     return TrainingArguments(
         output_dir=str(run.checkpoints),

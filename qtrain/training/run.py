@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PrinterCallback
 
-from qtrain.errors import UserError
+from qtrain.errors import QtrainError, UserError
 from qtrain.recipe.load import dump_recipe, load_recipe
 from qtrain.recipe.schema import Recipe
 from qtrain.runs.atomic import disk_errors, write_checksums, write_json, write_text
@@ -23,7 +23,16 @@ from . import checkpoint
 from .callbacks import MetricsFile, PlainProgress, ProgressBar, StopOnSignal, TensorBoard
 from .distributed import local_rank, main_process, requested, wrapping
 from .dpo import DpoTrainer
-from .prepare import Data, Prepared, Say, prepare_data, prepare_model, training_arguments, use_checkpointing
+from .prepare import (
+    Data,
+    Prepared,
+    Say,
+    check_request,
+    prepare_data,
+    prepare_model,
+    training_arguments,
+    use_checkpointing,
+)
 from .reference import reference_key, reference_logps, score_pairs
 from .sft import SftTrainer
 from .trainer import LogprobTrainer
@@ -77,6 +86,7 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
         if main_process()
         else _silent
     )
+    check_request(recipe)
     run = RunDir(recipe.out or Path())
     if resume:
         status = run.status()
@@ -130,6 +140,12 @@ def _train(trainer: LogprobTrainer, stop: StopOnSignal, run: RunDir, start: Path
             run.set_status(
                 "failed", step=trainer.state.global_step, reason=str(error) or type(error).__name__
             )
+        if isinstance(error, torch.OutOfMemoryError):
+            raise QtrainError(
+                f"out of memory on {trainer.args.device} at step {trainer.state.global_step + 1}; lower "
+                "training.batch_size (and raise training.gradient_accumulation) or data.max_length, "
+                "or set training.gradient_checkpointing=true"
+            ) from error
         raise
     step = trainer.state.global_step
     if stop.received is not None and step < trainer.state.max_steps:

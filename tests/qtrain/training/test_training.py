@@ -243,6 +243,7 @@ def test_same_seed_same_bytes(make_recipe: MakeRecipe) -> None:
             "no linear layer is called q_prok; this model has .*q_proj",
         ),
         ({"training__optimizer": "paged_adamw_8bit"}, "needs a CUDA device; use adamw"),
+        ({"training__fsdp": True}, "training.fsdp needs several processes, this is one"),
         ({"model__compute_dtype": "fp16"}, "fp16, which a CPU can't train in"),
         ({"model__name": "./nowhere"}, "there is no folder ./nowhere"),
     ],
