@@ -44,9 +44,10 @@ def _root(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
-    # Before torch is imported. OpenMP's threads spin while they wait: with any other process on the same
-    # cores, a step takes five to thirty times as long (docs/lab-log.md); asleep, they cost nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported. OpenMP's threads spin for milliseconds while they wait: with any other process
+    # on the same cores, a step takes five to thirty times as long (docs/lab-log.md). A short spin costs nothing.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # bitsandbytes logs, when imported, that it found no hub kernels for CPUs; qtrain uses none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # peft still asks transformers by a name that is to go

@@ -102,6 +102,7 @@ def _demo_tree(method: str, own_data: bool) -> dict[str, Any]:
     name = "dpo.yaml" if method == "dpo" else "sft.yaml"
     tree: dict[str, Any] = yaml.safe_load(files("qtrain.demo").joinpath(name).read_text(encoding="utf-8"))
     if own_data:
+        tree.pop("limit", None)
         tree["data"] = {
             key: value for key, value in tree.get("data", {}).items() if key not in ("train", "eval")
         }
