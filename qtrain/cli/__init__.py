@@ -45,7 +45,7 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
     # Before torch is imported. OpenMP's threads spin for milliseconds while they wait: with any other process
-    # on the same cores, a step takes five to thirty times as long (docs/lab-log.md). A short spin costs nothing.
+    # on the same cores, a step takes five to thirty times as long (docs/lab-log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # bitsandbytes logs, when imported, that it found no hub kernels for CPUs; qtrain uses none
