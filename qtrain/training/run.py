@@ -99,6 +99,7 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     data, prepared = _prepare(recipe, run, resume, say)
     with disk_errors("the run", run.path):
         trainer, stop = _make_trainer(recipe, run, data, prepared, console, say)
+        _say_repeated_rows(trainer, len(data.train), say)
         start = checkpoint.latest_complete(run.checkpoints, say) if resume else None
         if resume:
             say(
@@ -121,6 +122,14 @@ def _prepare(recipe: Recipe, run: RunDir, resume: bool, say: Say) -> tuple[Data,
         if not resume and main_process():
             shutil.rmtree(run.path)
         raise
+
+
+def _say_repeated_rows(trainer: LogprobTrainer, rows: int, say: Say) -> None:
+    """accelerate gives every process as many rows by repeating some of the first at the end of an epoch."""
+    processes = trainer.accelerator.num_processes
+    together = processes * trainer.args.per_device_train_batch_size
+    if processes > 1 and rows % together:
+        say(f"{rows} rows over {processes} processes: {-rows % together} are repeated at the end of an epoch")
 
 
 def _silent(line: str) -> None:
