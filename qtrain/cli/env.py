@@ -12,10 +12,11 @@ from .terminal import console
 
 def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, and which kernel backend each op would use and why."""
+    from qtrain.cache import cache_folder
     from qtrain.kernels import backends
     from qtrain.model.devices import choose_compute
     from qtrain.recipe.schema import ModelSettings
-    from qtrain.runs.manifest import cache_folder, machine, versions
+    from qtrain.runs.manifest import machine, versions
 
     compute = choose_compute(ModelSettings())
     found: dict[str, Any] = {

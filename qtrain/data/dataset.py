@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtrain.data.bad_rows import bad_rows_file
-from qtrain.data.files import is_hub_name, local_file, sha256_of
+from qtrain.data.files import is_hub_name, local_file
 from qtrain.data.load import ProblemHandler, RowReader
 from qtrain.data.report import DatasetReport, FileReport
 from qtrain.data.rows import Conversation, Message, PreferencePair, Row
@@ -14,6 +14,7 @@ from qtrain.data.template import ChatEncoder, EncodedExample, EncodedPair
 from qtrain.data.tokens import TokenDataset, TokenStore
 from qtrain.errors import DataError, UserError
 from qtrain.recipe.schema import DataSettings
+from qtrain.runs.atomic import file_sha256
 
 Method = Literal["sft", "dpo"]
 Split = Literal["train", "heldout"]
@@ -131,7 +132,7 @@ def _encode_file(
     report.skipped += reader.bad
     report.extra_columns = sorted(reader.extra_columns)
     if not is_hub_name(reader.name):
-        report.sha256 = sha256_of(local_file(reader.name))
+        report.sha256 = file_sha256(local_file(reader.name))
     return report
 
 

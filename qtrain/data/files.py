@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -76,12 +75,3 @@ def _nearest(path: Path) -> str:
     if close:
         return f"; did you mean {path.parent / close[0]}?"
     return "" if path.suffix else " (a data set on the hub is named owner/name)"
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qtrain.cache import cache_folder
 from qtrain.errors import UserError
 from qtrain.runs.atomic import damage, disk_errors, write_checksums
 
@@ -51,15 +51,6 @@ def demo_model_folder(progress: Callable[[str], None] | None = None) -> Path:
     with disk_errors("the demo model", folder):
         _convert_into_place(source, folder)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where qtrain keeps what it can make again."""
-    if own := os.environ.get("QTRAIN_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "qtrain"
-    return Path.home() / ".cache" / "qtrain"
 
 
 def _gguf_file() -> Path:

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qtrain.cache import cache_folder
+
 from .atomic import file_sha256
 
 _PACKAGES = (
@@ -120,14 +122,6 @@ def _local_folder(folder: str) -> Path | None:
 
     cached = try_to_load_from_cache(folder, "config.json")
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def cache_folder() -> Path:
-    """$QTRAIN_CACHE, else $XDG_CACHE_HOME/qtrain, else ~/.cache/qtrain."""
-    own = os.environ.get("QTRAIN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qtrain"
 
 
 class _HashMemory:
