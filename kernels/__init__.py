@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .choice import BackendChoice as BackendChoice
     from .choice import backends as backends
+    from .choice import force_backend as force_backend
     from .logprob import LogprobOutput as LogprobOutput
     from .logprob import linear_logprob as linear_logprob
 
 _HOME = {
     "BackendChoice": "choice",
     "backends": "choice",
+    "force_backend": "choice",
     "LogprobOutput": "logprob",
     "linear_logprob": "logprob",
 }
 
-__all__ = ["BackendChoice", "LogprobOutput", "backends", "linear_logprob"]
+__all__ = ["BackendChoice", "LogprobOutput", "backends", "force_backend", "linear_logprob"]
 
 
 def __getattr__(name: str) -> Any:
