@@ -11,7 +11,7 @@ import typer
 
 from qtrain.errors import QtrainError
 
-from . import chat, compare, data, env, evaluate, run, runs
+from . import bench, chat, compare, data, env, evaluate, run, runs
 from .terminal import print_error
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("runs")(runs.runs)
 app.command("chat")(chat.chat)
 app.command("env")(env.env)
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,134 @@
+"""`python -m qtrain.bench.cards`: a card per Triton kernel, architecture and configuration, without a GPU.
+
+A card is read from compiled code: registers, spills, shared memory, occupancy, tensor core instructions,
+widths of global accesses, and what the main loop issues beside the tensor cores. Nothing on it was timed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .accesses import global_accesses, widths_by_pointer
+from .aot import compile_options, compile_specimen
+from .architectures import RESERVED_SHARED, architecture, blocks_per_sm
+from .sass import MMA, WARP_GROUP_MMA, disassemble, parse_sass, resources
+
+if TYPE_CHECKING:
+    from qtrain.kernels.specimens import Specimen
+
+Widths = dict[str, dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One kernel in one configuration, compiled for one architecture."""
+
+    specimen: str
+    kernel: str
+    arch: int
+    budget: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack_bytes: int
+    spill_stores: int
+    spill_loads: int
+    """STL and LDL instructions of the code."""
+    shared_bytes: int
+    """Static and dynamic, of one block."""
+    blocks_per_sm: int
+    occupancy: float
+    """Resident warps / what the multiprocessor holds."""
+    mma: int
+    """HMMA and its kin in the whole code."""
+    warp_group_mma: int
+    accesses: Widths
+    """LDG, LDGSTS, STG: {bits: instructions}, from SASS."""
+    pointers: dict[str, Widths]
+    """For each pointer argument load, copy, store, atomic: {bits: instructions}, from PTX."""
+    hot: tuple[str, ...]
+    main_loop: dict[str, int] | None
+    """Instructions of one iteration of the main loop by opcode, NOPs left out."""
+    other_per_mma: float | None
+    """In the main loop, instructions that are not the tensor cores' to one that is."""
+    emulated: dict[str, Any] | None = None
+    """What running the code in the emulator counted; None where it was not run."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: widths become strings there."""
+        return asdict(self)
+
+
+_CARDS: dict[tuple[Any, ...], Card] = {}
+
+
+def make_card(specimen: Specimen, arch: int) -> Card:
+    """Compile and read; a specimen is compiled once in a process.
+
+    Raises:
+        NoTriton: triton is missing.
+        ValueError: the specimen doesn't fit its kernel, or the architecture is unknown.
+    """
+    key = _key(specimen, arch)
+    if key not in _CARDS:
+        _CARDS[key] = _read(specimen, arch)
+    return _CARDS[key]
+
+
+def _key(specimen: Specimen, arch: int) -> tuple[Any, ...]:
+    parts: list[Mapping[str, Any]] = [specimen.signature, specimen.constexprs, compile_options(specimen)]
+    texts = [repr(sorted((name, repr(value)) for name, value in part.items())) for part in parts]
+    described = (specimen.name, specimen.budget, specimen.hot, specimen.aligned)
+    return (specimen.kernel, arch, *described, *texts)
+
+
+def _read(specimen: Specimen, arch: int) -> Card:
+    limits = architecture(arch)
+    compiled = compile_specimen(specimen, arch)
+    used = resources(compiled.cubin)
+    sass = parse_sass(disassemble(compiled.cubin))
+    # from sm_90 on cuobjdump counts what the driver keeps of every block
+    static = used.shared_bytes - (RESERVED_SHARED if arch >= 90 else 0)
+    shared = static + compiled.shared_bytes
+    blocks = blocks_per_sm(arch, warps=specimen.num_warps, registers=used.registers, shared_bytes=shared)
+    loop = sass.main_loop
+    return Card(
+        specimen=specimen.name,
+        kernel=specimen.kernel.__name__,
+        arch=arch,
+        budget=specimen.budget,
+        num_warps=specimen.num_warps,
+        num_stages=specimen.num_stages,
+        registers=used.registers,
+        stack_bytes=used.stack_bytes,
+        spill_stores=sass.instructions["STL"],
+        spill_loads=sass.instructions["LDL"],
+        shared_bytes=shared,
+        blocks_per_sm=blocks,
+        occupancy=blocks * specimen.num_warps / limits.warps,
+        mma=_count(sass.instructions, MMA),
+        warp_group_mma=_count(sass.instructions, WARP_GROUP_MMA),
+        accesses={name: dict(sorted(widths.items())) for name, widths in sass.accesses.items()},
+        pointers={
+            name: {kind: dict(sorted(widths.items())) for kind, widths in kinds.items()}
+            for name, kinds in widths_by_pointer(global_accesses(compiled.ptx, compiled.pointers)).items()
+        },
+        hot=specimen.hot,
+        main_loop=dict(loop.instructions.most_common()) if loop else None,
+        other_per_mma=loop.other_per_mma if loop else None,
+    )
+
+
+def _count(instructions: Counter[str], names: frozenset[str]) -> int:
+    return sum(instructions[name] for name in names)
+
+
+if __name__ == "__main__":
+    import typer
+
+    from .cards_command import cards
+
+    typer.run(cards)

@@ -1,0 +1,114 @@
+"""The command `cards`: of `qtrain bench`, of `python -m qtrain.bench`, and `python -m qtrain.bench.cards`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qtrain.kernels.specimens import Specimen
+
+    from .cards import Card
+
+
+def cards(
+    arch: Annotated[
+        list[int] | None, typer.Option(help="Compute capability, as 89; repeatable; default all.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
+    json: Annotated[Path | None, typer.Option("--json", help="Write the cards as JSON too.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown too.")] = None,
+) -> None:
+    """What the compiled code of every Triton kernel holds: registers, spills, access widths, main loop.
+
+    Compiled here for the named GPUs, of which none is needed. Exit code 1: a kernel is over its budget.
+    """
+    from rich.console import Console
+
+    from .aot import NoTriton, require_triton
+    from .architectures import ARCHITECTURES
+    from .budget import violations
+
+    say = Console(stderr=True)
+    unknown = [one for one in arch or [] if one not in ARCHITECTURES]
+    if unknown:
+        say.print(f"--arch {unknown[0]}: there is {', '.join(map(str, ARCHITECTURES))}", style="red")
+        raise typer.Exit(2)
+    try:
+        require_triton()
+    except NoTriton as error:
+        say.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    made = make_cards(_chosen(only, say), arch or list(ARCHITECTURES), say)
+    _show(made, markdown)
+    if json is not None:
+        _write_json(made, json)
+    raise typer.Exit(int(any(violations(card) for card in made)))
+
+
+def _chosen(only: str, say: Any) -> list[Specimen]:
+    specimens = _specimens(say)
+    chosen = [specimen for specimen in specimens if only in specimen.name]
+    if not chosen:
+        names = "\n".join(specimen.name for specimen in specimens)
+        say.print(f"--only {only!r} fits none of\n{names}", style="red", markup=False)
+        raise typer.Exit(2)
+    return chosen
+
+
+def _specimens(say: Any) -> list[Specimen]:
+    from importlib import import_module
+
+    found: list[Specimen] = []
+    for name in ("nf4_triton", "lora_triton", "logprob_triton"):
+        try:
+            found += import_module(f"qtrain.kernels.{name}").specimens()
+        except (ImportError, AttributeError) as error:
+            say.print(f"{name} is left out: {error}", style="yellow", markup=False)
+    return found
+
+
+def make_cards(specimens: Sequence[Specimen], archs: Sequence[int], say: Any) -> list[Card]:
+    """A card for each specimen on each architecture; `say` is told the progress."""
+    from .cards import make_card
+
+    made = []
+    with say.status("compiling") as status:
+        for specimen in specimens:
+            for arch in archs:
+                status.update(f"sm_{arch} {specimen.name}")
+                made.append(make_card(specimen, arch))
+    return made
+
+
+def _show(made: Sequence[Card], markdown: Path | None) -> None:
+    import sys
+
+    from rich.console import Console
+
+    from .cards_table import COLUMNS, cells
+    from .table import markdown_table, terminal_table
+
+    rows = [cells(card) for card in made]
+    screen = Console(width=None if sys.stdout.isatty() else 260)
+    screen.print(terminal_table("Compiled code; nothing was timed", COLUMNS, rows))
+    if markdown is not None:
+        markdown.write_text(markdown_table(COLUMNS, rows))
+
+
+def _write_json(made: Sequence[Card], path: Path) -> None:
+    import json
+
+    from .budget import violations
+    from .provenance import provenance
+
+    report = {
+        "kind": "cards",
+        "timed": False,
+        "provenance": provenance(),
+        "cards": [card.as_dict() | {"over_budget": violations(card)} for card in made],
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,15 @@
+"""`qtrain bench`: the parts of `qtrain.bench` that a user runs."""
+
+from __future__ import annotations
+
+import typer
+
+from qtrain.bench.cards_command import cards
+
+app = typer.Typer(no_args_is_help=True)
+app.command("cards")(cards)
+
+
+@app.callback()
+def _group() -> None:
+    """What the kernels cost: cards of the compiled code."""
