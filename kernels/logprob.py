@@ -4,24 +4,22 @@
     logp[t] = z[t, y_t] - logsumexp_v z[t, v]
 
 The [M, V] logits of a 152k vocabulary are the largest tensor of a training step. Here they exist
-only as tiles of `ROW_TILE` x `VOCAB_TILE`; the softmax is carried along the vocabulary with a
-running maximum, as flash attention carries it along the keys, with W as both keys and values.
-`docs/kernels.md` has the derivation.
+only as tiles. `docs/kernels.md` has the derivation; `logprob_triton.py` is the path of 16-bit weights
+on CUDA, `logprob_torch.py` that of everything else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 512 x 4096 float32 logits are 8 MiB: they stay in a desktop CPU's last-level cache between the two
-# GEMMs, and both GEMMs are large enough to run at full speed (docs/lab-log.md has the sweep).
-ROW_TILE = 512
-VOCAB_TILE = 4096
+from . import logprob_torch
+from .choice import Backend, forced_backend
+from .logprob_inputs import check_shapes, labelled
 
 
 class LogprobOutput(NamedTuple):
@@ -48,17 +46,21 @@ def linear_logprob(
     The matmuls run in the dtype of `lm_head_weight` (hidden states are cast to it), everything else
     in float32, or float64 for float64 weights. Autocast does not change that. Rows labelled
     `ignore_index` are not computed: their logp is 0 and so is their gradient. The label's own logit
-    is a float32 dot product, never rounded to the weight's dtype.
+    is float32, never rounded to the weight's dtype.
 
-    Where only the hidden states need a gradient, the forward also leaves
-    u = dlogp/dh = W[y] - sum_v p_v W_v  [M, H] and the backward is one product g * u. Where the
-    weight or bias needs one, the backward computes the tiles again. Same bits on every run.
+    Where the hidden states need a gradient, the forward also leaves
+    u = dlogp/dh = W[y] - sum_v p_v W_v  [M, H] and their backward is one product g * u. Where the
+    weight or bias needs one, the backward computes the tiles again for it. Same bits on every run.
+    One operator for torch.compile, without a graph break. On CUDA it waits for the labels, as their
+    number decides the size of the launches.
 
-    Memory beyond inputs and outputs: tiles of `ROW_TILE` x `VOCAB_TILE` logits, and u.
+    Memory beyond inputs, outputs and u, T being the number of labelled rows:
+    PyTorch: tiles of 512 x 4096 logits. Triton: with t = min(T, 4096) rows at a time, 64 MiB for the
+    tiles and t * (6 H + V / 21) bytes for u, hidden states that are gathered, and statistics.
 
     Args:
         hidden_states: [M, H], floating point.
-        lm_head_weight: [V, H]; may be tied to the embedding.
+        lm_head_weight: [V, H]; may be tied to the embedding. Copied if it is not contiguous.
         labels: [M] int64 in [0, V) or `ignore_index`.
         bias: [V] or None.
         softcap: > 0 or None (Gemma 2's final logit soft-capping).
@@ -69,236 +71,164 @@ def linear_logprob(
         ValueError: shapes that do not fit, softcap <= 0, or a label outside [0, V).
         TypeError: labels that are not int64.
     """
-    _check(hidden_states, lm_head_weight, labels, bias, softcap, ignore_index)
-    rows = (labels != ignore_index).nonzero().squeeze(1)  # [T]
-    everything = rows.numel() == labels.numel()
-    h = hidden_states if everything else hidden_states.index_select(0, rows)
-    y = labels if everything else labels.index_select(0, rows)
-    logits = _Logits(lm_head_weight, bias, softcap, logit_scale)
-    parts = _LinearLogprob.apply(h, lm_head_weight, bias, y, logits, return_stats)  # type: ignore[no-untyped-call]
-    logp, lse, entropy = parts
-    if not everything:
-        logp, lse, entropy = (
-            part.new_zeros(labels.shape).index_put((rows,), part) for part in (logp, lse, entropy)
-        )
+    check_shapes(hidden_states, lm_head_weight, labels, bias, softcap)
+    want_u = torch.is_grad_enabled() and hidden_states.requires_grad
+    logp, lse, entropy, _ = _forward(
+        hidden_states,
+        lm_head_weight,
+        labels,
+        bias,
+        softcap,
+        float(logit_scale),
+        ignore_index,
+        want_u,
+        return_stats,
+    )
     return LogprobOutput(logp, lse, entropy) if return_stats else logp
 
 
-def _check(
+def choose_backend(weight: Tensor, forced: Backend | None = None) -> tuple[Backend, str]:
+    """The path that serves this weight, and why.
+
+    Raises:
+        ValueError: "triton" is forced with a weight that the Triton kernels do not take.
+    """
+    obstacle = _triton_obstacle(weight)
+    if forced == "triton" and obstacle is not None:
+        raise ValueError(f"linear_logprob has no Triton kernel for this: {obstacle}")
+    if forced is not None:
+        return forced, "forced"
+    if weight.device.type != "cuda":
+        return "pytorch", f"tiles through torch.matmul on {weight.device.type}"
+    if obstacle is not None:
+        return "pytorch", obstacle
+    return "triton", f"{weight.dtype} tensor cores, logits never leave the chip"
+
+
+def _triton_obstacle(weight: Tensor) -> str | None:
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"lm_head_weight is {weight.dtype}, tensor cores take bfloat16 and float16"
+    if weight.shape[1] % 16 != 0:
+        return f"hidden size {weight.shape[1]} is not a multiple of 16"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+# The operators: a static shape for each result, whatever the labels, and nothing but tensors and
+# numbers as arguments. Results that were not asked for are empty.
+
+
+@torch.library.custom_op(
+    "qtrain::linear_logprob",
+    mutates_args=(),
+    schema="(Tensor hidden_states, Tensor weight, Tensor labels, Tensor? bias, float? softcap, "
+    "float scale, SymInt ignore_index, bool want_u, bool want_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
     hidden_states: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    scale: float,
     ignore_index: int,
-) -> None:
-    if hidden_states.dim() != 2 or weight.dim() != 2 or hidden_states.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden_states {tuple(hidden_states.shape)} and lm_head_weight {tuple(weight.shape)} "
-            "must be [M, H] and [V, H]"
-        )
-    if labels.shape != hidden_states.shape[:1]:
-        raise ValueError(f"labels {tuple(labels.shape)} must be [{hidden_states.shape[0]}]")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels are {labels.dtype}, must be torch.int64")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be [{weight.shape[0]}]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, must be > 0 or None")
-    bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
-    if bool(bad.any()):
-        raise ValueError(
-            f"label {int(labels[bad][0])} is outside [0, {weight.shape[0]}) "
-            f"and not ignore_index={ignore_index}"
-        )
+    want_u: bool,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, lse, entropy [M], u [M, H]."""
+    inputs = labelled(hidden_states, weight, labels, bias, softcap, scale, ignore_index)
+    backend, _ = choose_backend(weight, forced_backend())
+    with torch.autocast(weight.device.type, enabled=False):
+        logp, lse, entropy, u = _path(backend).forward(inputs, want_u, want_entropy)
+    return logp, lse, _or_empty(entropy, lse), _or_empty(u, hidden_states)
 
 
-@dataclass(frozen=True, slots=True)
-class _Logits:
-    """z = cap(scale * (h W^T + b)): how a tile of logits is made, and its slope."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of everything but the matmuls."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-
-    def tile(self, h: Tensor, words: slice) -> Tensor:
-        """Logits of some words, [T, v]."""
-        bias = None if self.bias is None else self.bias[words]
-        return self._finish((h @ self.weight[words].T).to(self.dtype), bias)
-
-    def of_labels(self, h: Tensor, w_label: Tensor, labels: Tensor) -> Tensor:
-        """Each row's own label's logit, [T], not rounded to the dtype of the weight."""
-        bias = None if self.bias is None else self.bias.index_select(0, labels)
-        return self._finish(torch.linalg.vecdot(h.to(self.dtype), w_label.to(self.dtype)), bias)
-
-    def _finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None:
-            z += bias.to(self.dtype)
-        if self.scale != 1.0:
-            z *= self.scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
-
-    def slope(self, z: Tensor) -> Tensor | None:
-        """dz / d(scaled logit) = 1 - (z / softcap)^2; None where it is 1."""
-        if self.softcap is None:
-            return None
-        return (1 - (z / self.softcap).square_()).nan_to_num_()  # a forbidden word's -inf has no slope
-
-    def vocabulary(self) -> list[slice]:
-        """Its tiles."""
-        size = self.weight.shape[0]
-        return [slice(first, min(first + VOCAB_TILE, size)) for first in range(0, size, VOCAB_TILE)]
+@torch.library.custom_op(
+    "qtrain::linear_logprob_head_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor lse, Tensor hidden_states, Tensor weight, Tensor labels, Tensor? bias, "
+    "float? softcap, float scale, SymInt ignore_index, bool want_weight, bool want_bias, "
+    "str? forced) -> (Tensor, Tensor)",
+)
+def _head_gradient(
+    grad: Tensor,
+    lse: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    want_weight: bool,
+    want_bias: bool,
+    forced: Backend | None,
+) -> tuple[Tensor, Tensor]:
+    """dW [V, H], db [V]."""
+    inputs = labelled(hidden_states, weight, labels, bias, softcap, scale, ignore_index)
+    backend, _ = choose_backend(weight, forced)
+    with torch.autocast(weight.device.type, enabled=False):
+        dw, db = _path(backend).head_gradient(inputs, grad, lse, want_weight, want_bias)
+    return _or_empty(dw, weight), _or_empty(db, weight if bias is None else bias)
 
 
-def _row_tiles(count: int) -> list[slice]:
-    return [slice(start, start + ROW_TILE) for start in range(0, count, ROW_TILE)]
+def _path(backend: Backend) -> Any:
+    """The module of a backend. Triton's is imported on first use: a CPU-only torch has no triton."""
+    if backend == "pytorch":
+        return logprob_torch
+    from . import logprob_triton
+
+    return logprob_triton
 
 
-def _labels_inside(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Rows whose label lies among `words`, and its place there."""
-    rows = ((labels >= words.start) & (labels < words.stop)).nonzero().squeeze(1)
-    return rows, labels[rows] - words.start
+def _or_empty(result: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if result is None else result
 
 
-def _finite(m: Tensor) -> Tensor:
-    """A maximum of -inf (every logit so far is -inf) would make exp(z - m) NaN; 0 serves as well."""
-    return torch.where(m == -torch.inf, torch.zeros_like(m), m)
+@_forward.register_fake
+def _(hidden_states: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, want_u, want_entropy = others
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    logp, lse = (hidden_states.new_empty(labels.shape, dtype=dtype) for _ in range(2))
+    entropy = torch.empty_like(lse) if want_entropy else None
+    u = hidden_states.new_empty(hidden_states.shape) if want_u else None
+    return logp, lse, _or_empty(entropy, lse), _or_empty(u, hidden_states)
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """Labelled rows only; what is saved depends on what needs a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: _Logits, stats: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-        want_u = h.requires_grad and not ctx.trainable_head
-        logp, lse, entropy, u = _forward(h, labels, logits, want_u, stats)
-        ctx.logits = logits
-        ctx.save_for_backward(*((h, labels, lse) if ctx.trainable_head else (u,)))
-        ctx.mark_non_differentiable(lse, entropy)
-        return logp, lse, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor, _grad_lse: Tensor, _grad_entropy: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        if ctx.trainable_head:
-            h, labels, lse = ctx.saved_tensors
-            dh, dw, db = _backward(grad, h, labels, lse, ctx.logits, ctx.needs_input_grad)
-            return dh, dw, db, None, None, None
-        (u,) = ctx.saved_tensors
-        dh = None if u is None else (u * grad.unsqueeze(1)).to(u.dtype)
-        return dh, None, None, None, None, None
+@_head_gradient.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, _, weight, _, bias, *_, want_weight, want_bias, _ = arguments
+    dw = weight.new_empty(weight.shape) if want_weight else None
+    db = bias.new_empty(bias.shape) if bias is not None and want_bias else None
+    return _or_empty(dw, weight), _or_empty(db, weight if bias is None else bias)
 
 
-def _forward(
-    h: Tensor, labels: Tensor, logits: _Logits, want_u: bool, stats: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Row tile by row tile; logp, lse, entropy [T], and u [T, H] in the dtype of h."""
-    logp, lse, entropy = (torch.zeros(labels.shape, dtype=logits.dtype, device=h.device) for _ in range(3))
-    u = torch.empty_like(h) if want_u else None
-    for rows in _row_tiles(labels.numel()):
-        softmax = _Softmax(h[rows].to(logits.weight.dtype), labels[rows], logits, want_u, stats)
-        for words in logits.vocabulary():
-            softmax.add(words)
-        lse[rows] = softmax.m + torch.log(softmax.s)
-        logp[rows] = softmax.z_label - lse[rows]
-        if softmax.z_sum is not None:
-            entropy[rows] = lse[rows] - softmax.z_sum / softmax.s
-        if u is not None:
-            u[rows] = softmax.u()
-    return logp, lse, entropy, u
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What is kept for backward: u for the hidden states, the inputs for the head."""
+    h, weight, labels, bias, *numbers, want_u, _ = inputs
+    _, lse, entropy, u = output
+    ctx.mark_non_differentiable(lse, entropy, u)
+    ctx.trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    ctx.numbers, ctx.want_u = numbers, want_u
+    ctx.forced = forced_backend()  # backward may run in a thread of its own, outside the context
+    ctx.save_for_backward(u, *((lse, h, weight, labels, bias) if ctx.trainable_head else ()))
 
 
-class _Softmax:
-    """The softmax of one row tile, carried along the vocabulary.
-
-    m is the running maximum, s the sum of exp(z - m), `weighted` the same sum with W (for u) and `z_sum`
-    with z (for the entropy). The state starts from the label itself (m = z_y, s = 1), which is then left
-    out of its tile: p_y comes from the exact logit even where the tiles are rounded to bf16.
-    """
-
-    def __init__(self, h: Tensor, labels: Tensor, logits: _Logits, want_u: bool, stats: bool) -> None:
-        self.h, self.labels, self.logits = h, labels, logits
-        w_label = logits.weight.index_select(0, labels)  # [T, H]
-        self.z_label = logits.of_labels(h, w_label, labels)
-        self.m = self.z_label.clone()
-        self.s = torch.exp(self.z_label - _finite(self.m))  # 1, or 0 for a forbidden label
-        slope = logits.slope(self.z_label)
-        w_label = w_label.to(logits.dtype)
-        self.grad_label = w_label if slope is None else w_label * slope.unsqueeze(1)
-        self.weighted = self.grad_label * self.s.unsqueeze(1) if want_u else None  # [T, H]
-        self.z_sum = torch.where(self.s > 0, self.s * self.z_label, self.s) if stats else None
-
-    def add(self, words: slice) -> None:
-        """Take one tile of the vocabulary in."""
-        z = self.logits.tile(self.h, words)  # [T, v]
-        z[_labels_inside(self.labels, words)] = -torch.inf
-        m = torch.maximum(self.m, z.amax(dim=1))
-        rescale = torch.exp(self.m - _finite(m))  # [T]
-        slope = self.logits.slope(z)
-        kept = z.clone() if self.z_sum is not None else None
-        p = z.sub_(_finite(m).unsqueeze(1)).exp_()
-        self.m, self.s = m, self.s * rescale + p.sum(dim=1)
-        if self.z_sum is not None and kept is not None:
-            self.z_sum = self.z_sum * rescale + torch.where(p > 0, p * kept, p).sum(dim=1)
-        if self.weighted is not None:
-            w = self.logits.weight[words]
-            self.weighted.mul_(rescale.unsqueeze(1))
-            self.weighted += (p if slope is None else p * slope).to(w.dtype) @ w
-
-    def u(self) -> Tensor:
-        """dlogp/dh = scale * (slope_y W_y - sum_v p_v slope_v W_v)."""
-        if self.weighted is None:
-            raise RuntimeError("u was not asked for")
-        return (self.grad_label - self.weighted / self.s.unsqueeze(1)) * self.logits.scale
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    u, *saved = ctx.saved_tensors
+    needs_h, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+    dh = dw = db = None
+    if needs_h:
+        if not ctx.want_u:
+            raise RuntimeError("qtrain::linear_logprob: hidden_states need a gradient but want_u is False")
+        dh = (u * grad.unsqueeze(1)).to(u.dtype)
+    if ctx.trainable_head and (needs_weight or needs_bias):
+        dw, db = _head_gradient(grad, *saved, *ctx.numbers, needs_weight, needs_bias, ctx.forced)
+    return dh, dw if needs_weight else None, None, db if needs_bias else None, *[None] * 5
 
 
-def _backward(
-    grad: Tensor, h: Tensor, labels: Tensor, lse: Tensor, logits: _Logits, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dz = g * (onehot - p) * slope * scale, tile by tile: dh += dz W, dW = dz^T h, db = sum dz."""
-    weight, bias = logits.weight, logits.bias
-    low = h.to(weight.dtype)
-    dh = torch.zeros(h.shape, dtype=logits.dtype, device=h.device)
-    dw = torch.zeros_like(weight) if needs[1] else None
-    db = torch.zeros_like(bias) if bias is not None and needs[2] else None
-    for words in logits.vocabulary():
-        w = weight[words]
-        dw_tile = torch.zeros(w.shape, dtype=logits.dtype, device=w.device)
-        db_tile = torch.zeros(w.shape[:1], dtype=logits.dtype, device=w.device)
-        for rows in _row_tiles(labels.numel()):
-            dz = _logit_gradient(grad[rows], low[rows], labels[rows], lse[rows], logits, words)
-            if needs[0]:
-                dh[rows] += dz.to(w.dtype) @ w
-            if dw is not None:
-                dw_tile += dz.to(w.dtype).T @ low[rows]
-            db_tile += dz.sum(dim=0)
-        if dw is not None:
-            dw[words] = dw_tile.to(dw.dtype)
-        if db is not None:
-            db[words] = db_tile.to(db.dtype)
-    return dh.to(h.dtype) if needs[0] else None, dw, db
-
-
-def _logit_gradient(
-    grad: Tensor, h: Tensor, labels: Tensor, lse: Tensor, logits: _Logits, words: slice
-) -> Tensor:
-    """g * (onehot - p) * slope * scale for one tile, [T, v]."""
-    z = logits.tile(h, words)
-    slope = logits.slope(z)
-    dz = z.sub_(_finite(lse).unsqueeze(1)).exp_().neg_()
-    dz[_labels_inside(labels, words)] += 1
-    dz *= grad.unsqueeze(1) * logits.scale
-    return dz if slope is None else dz.mul_(slope)
+_forward.register_autograd(_backward, setup_context=_save)

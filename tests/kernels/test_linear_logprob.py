@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.kernels import linear_logprob, logprob, reference
+from qtrain.kernels import linear_logprob, logprob_torch, reference
 
 
 def _case(
@@ -27,8 +27,8 @@ def _case(
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of a test span several tiles, the last of them ragged."""
-    monkeypatch.setattr(logprob, "ROW_TILE", 8)
-    monkeypatch.setattr(logprob, "VOCAB_TILE", 33)
+    monkeypatch.setattr(logprob_torch, "ROW_TILE", 8)
+    monkeypatch.setattr(logprob_torch, "VOCAB_TILE", 33)
 
 
 @settings(max_examples=40, deadline=None)
