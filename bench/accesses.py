@@ -12,6 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+# Pointers that no argument of the kernel's stands for: the launcher's scratch memory, and whatever could not
+# be followed.
+SCRATCH = "(scratch)"
+UNKNOWN = "(unknown)"
+
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _REGISTER = re.compile(r"%\w+")
 _PARAMETER = re.compile(r"\[\s*\w+_param_(\d+)\s*(?:\+\s*0\s*)?\]")
@@ -30,7 +35,10 @@ class Access:
 
 
 def global_accesses(ptx: str, pointers: Sequence[str | None]) -> list[Access]:
-    """Every global access of a kernel whose PTX parameters are `pointers` (None: no pointer), in order."""
+    """Every global access of a kernel whose PTX parameters are `pointers` (None: no pointer), in order.
+
+    Parameters beyond those are the scratch memory that Triton appends.
+    """
     statements = list(_statements(ptx))
     reach = _reach(statements, pointers)
     found = []
@@ -41,8 +49,8 @@ def global_accesses(ptx: str, pointers: Sequence[str | None]) -> list[Access]:
         brackets = _BRACKET.findall(operands)
         # of the two addresses of a copy, the second is the global one
         address = brackets[-1] if kind == "copy" else brackets[0]
-        through = frozenset[str]().union(*(reach.get(name, ()) for name in _REGISTER.findall(address)))
-        found.append(Access(kind, _bits(opcode, operands, kind), through))
+        through = set().union(*(reach.get(name, ()) for name in _REGISTER.findall(address)))
+        found.append(Access(kind, _bits(opcode, operands, kind), frozenset(through or {UNKNOWN})))
     return found
 
 
@@ -72,10 +80,11 @@ def _reach(statements: Sequence[tuple[str, str]], pointers: Sequence[str | None]
     steps = []
     for opcode, operands in statements:
         if opcode.startswith("ld.param"):
-            if (match := _PARAMETER.search(operands)) and int(match[1]) < len(pointers):
-                name = pointers[int(match[1])]
-                if name is not None:
-                    reach.setdefault(_REGISTER.findall(operands)[0], set()).add(name)
+            match = _PARAMETER.search(operands)
+            position = int(match[1]) if match else -1
+            name = pointers[position] if position < len(pointers) else SCRATCH
+            if match and name is not None:
+                reach.setdefault(_REGISTER.findall(operands)[0], set()).add(name)
         elif not opcode.startswith(("ld.", "st.", "cp.", "atom.", "red.", "setp", "mma", "ldmatrix", "bra")):
             written = operands.partition(",")[0]
             registers = _REGISTER.findall(operands)

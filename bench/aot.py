@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,10 @@ REMEDY = 'triton is not installed: pip install "triton>=3.6,<3.10"'
 
 class NoTriton(Exception):
     """Nothing can be compiled here; the message is one line with the remedy."""
+
+
+class NotCompiled(Exception):
+    """The compiler refuses a kernel; the message names it and the architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +47,33 @@ def compile_specimen(specimen: Specimen, arch: int) -> Compiled:
 
     Raises:
         NoTriton: triton is missing.
+        NotCompiled: the compiler or ptxas refuses the kernel.
         ValueError: signature, constexprs, alignment or options don't fit the kernel.
     """
     require_triton()
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, CompilationError
+    from triton.runtime.errors import PTXASError
 
-    _check(specimen)
-    arguments = list(specimen.kernel.arg_names)
-    signature = {name: specimen.signature[name] for name in arguments}
+    signature = _signature(specimen)
     attributes = {
         (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(arguments)
-        if signature[name].startswith("*") or name in specimen.aligned
+        for position, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in specimen.aligned
     }
     source = ASTSource(specimen.kernel, signature, dict(specimen.constexprs), attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=compile_options(specimen))
-    live = [name for name in arguments if signature[name] != "constexpr"]
+    target = GPUTarget("cuda", arch, 32)
+    try:
+        compiled = triton.compile(source, target=target, options=compile_options(specimen))
+    except (CompilationError, PTXASError, RuntimeError) as error:
+        raise NotCompiled(f"{specimen.name}: sm_{arch}: {error}") from error
+    live = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
     return Compiled(
         ptx=compiled.asm["ptx"],
         cubin=compiled.asm["cubin"],
         shared_bytes=compiled.metadata.shared,
-        pointers=tuple(name if signature[name].startswith("*") else None for name in live),
+        pointers=tuple(name if kind.startswith("*") else None for name, kind in live),
     )
 
 
@@ -80,8 +88,9 @@ def compile_options(specimen: Specimen) -> dict[str, Any]:
     return chosen
 
 
-def _check(specimen: Specimen) -> None:
-    """Triton ignores options that it doesn't know, and compiles nonsense of a wrong signature."""
+def _signature(specimen: Specimen) -> dict[str, str]:
+    """Type of every argument in the kernel's order, checked: Triton ignores options that it doesn't know,
+    and compiles nonsense of a wrong signature."""
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
 
@@ -91,24 +100,26 @@ def _check(specimen: Specimen) -> None:
             f"{name}: kernel is a {type(kernel).__name__}, needs a JITFunction "
             "(is TRITON_INTERPRET set, or is it wrapped by an autotuner?)"
         )
-    arguments = set(kernel.arg_names)
-    _same(f"{name}: signature", set(specimen.signature), arguments)
-    constants = {argument for argument, kind in specimen.signature.items() if kind == "constexpr"}
-    _same(f"{name}: constexprs", set(specimen.constexprs), constants)
-    _within(f"{name}: aligned", specimen.aligned, arguments - constants)
-    _within(f"{name}: hot", specimen.hot, _pointers(specimen.signature))
+    given = {**specimen.signature, **dict.fromkeys(specimen.constexprs, "constexpr")}
+    wanted = set(kernel.arg_names)
+    if given.keys() != wanted:
+        missing, unknown = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+        raise ValueError(f"{name}: signature and constexprs: missing {missing}, unknown {unknown}")
+    constants = [argument for argument, kind in given.items() if kind == "constexpr"]
+    _within(f"{name}: signature: constexpr", constants, specimen.constexprs)
+    pointers = [argument for argument, kind in given.items() if kind.startswith("*")]
+    specialized = [param.name for param in kernel.params if _sees_alignment(param)]
+    _within(f"{name}: aligned", specimen.aligned, set(specialized) & specimen.signature.keys())
+    _within(f"{name}: hot", specimen.hot, pointers)
     _within(f"{name}: options", specimen.options, CUDAOptions.__dataclass_fields__)
+    return {argument: given[argument] for argument in kernel.arg_names}
 
 
-def _pointers(signature: Mapping[str, str]) -> set[str]:
-    return {argument for argument, kind in signature.items() if kind.startswith("*")}
+def _sees_alignment(param: Any) -> bool:
+    """Whether a launch looks at the argument's divisibility at all."""
+    return not (param.is_constexpr or param.do_not_specialize or param.do_not_specialize_on_alignment)
 
 
-def _same(what: str, given: set[str], wanted: set[str]) -> None:
-    if given != wanted:
-        raise ValueError(f"{what}: missing {sorted(wanted - given)}, unknown {sorted(given - wanted)}")
-
-
-def _within(what: str, given: Any, wanted: Any) -> None:
+def _within(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
     if unknown := sorted(set(given) - set(wanted)):
-        raise ValueError(f"{what}: unknown {unknown}, there is {sorted(wanted)}")
+        raise ValueError(f"{what}: {unknown} is not among {sorted(wanted)}")

@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
+from .accesses import UNKNOWN
 from .architectures import architecture
 from .cards import Card
 
@@ -35,7 +36,7 @@ def violations(card: Card) -> list[str]:
         *_spills(card, rules["all"]["spill_bytes"]),
         *_shared(card, rules["shared_bytes"][f"sm_{card.arch}"]),
         *_main_loop(card, rules["budget"][card.budget].get("other_per_mma")),
-        *(line for pointer in card.hot for line in _widths(card, pointer, rules["all"]["hot_access_bits"])),
+        *_widths(card, rules["all"]["hot_access_bits"]),
     ]
 
 
@@ -65,14 +66,21 @@ def _main_loop(card: Card, limit: float | None) -> list[str]:
     return []
 
 
-def _widths(card: Card, pointer: str, bits: int) -> list[str]:
-    accesses = card.pointers.get(pointer)
-    if not accesses:
-        return [f"{pointer}: no global access goes through it"]
-    narrow = {
-        f"{count} {kind} of {width}"
-        for kind, widths in accesses.items()
-        for width, count in widths.items()
-        if width < bits
-    }
-    return [f"{pointer}: {', '.join(sorted(narrow))} bits, wanted are {bits}"] if narrow else []
+def _widths(card: Card, bits: int) -> list[str]:
+    lines = []
+    if card.hot and UNKNOWN in card.pointers:
+        # one of these could be narrow
+        lines.append("global accesses: of some it could not be found out which argument they go through")
+    for pointer in card.hot:
+        accesses = card.pointers.get(pointer, {})
+        narrow = [
+            f"{count} {kind} of {width}"
+            for kind, widths in accesses.items()
+            for width, count in widths.items()
+            if width < bits
+        ]
+        if narrow:
+            lines.append(f"{pointer}: {', '.join(narrow)} bits, wanted are {bits}")
+        elif not accesses:
+            lines.append(f"{pointer}: no global access goes through it")
+    return lines

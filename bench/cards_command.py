@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qtrain.kernels.specimens import Specimen
 
     from .cards import Card
@@ -42,14 +44,16 @@ def cards(
     except NoTriton as error:
         say.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    made = make_cards(_chosen(only, say), arch or list(ARCHITECTURES), say)
+    made, failures = make_cards(_chosen(only, say), arch or list(ARCHITECTURES), say)
     _show(made, markdown)
+    for failure in failures:
+        say.print(failure, style="red", markup=False, highlight=False)
     if json is not None:
-        _write_json(made, json)
-    raise typer.Exit(int(any(violations(card) for card in made)))
+        _write_json(made, failures, json)
+    raise typer.Exit(int(bool(failures) or any(violations(card) for card in made)))
 
 
-def _chosen(only: str, say: Any) -> list[Specimen]:
+def _chosen(only: str, say: Console) -> list[Specimen]:
     specimens = _specimens(say)
     chosen = [specimen for specimen in specimens if only in specimen.name]
     if not chosen:
@@ -59,7 +63,7 @@ def _chosen(only: str, say: Any) -> list[Specimen]:
     return chosen
 
 
-def _specimens(say: Any) -> list[Specimen]:
+def _specimens(say: Console) -> list[Specimen]:
     from importlib import import_module
 
     found: list[Specimen] = []
@@ -71,35 +75,53 @@ def _specimens(say: Any) -> list[Specimen]:
     return found
 
 
-def make_cards(specimens: Sequence[Specimen], archs: Sequence[int], say: Any) -> list[Card]:
-    """A card for each specimen on each architecture; `say` is told the progress."""
+def make_cards(
+    specimens: Sequence[Specimen], archs: Sequence[int], say: Console
+) -> tuple[list[Card], list[str]]:
+    """A card for each specimen on each architecture, and why some can't be had; `say` shows the progress."""
+    from .aot import NotCompiled
     from .cards import make_card
 
-    made = []
+    made, failures = [], []
     with say.status("compiling") as status:
         for specimen in specimens:
             for arch in archs:
                 status.update(f"sm_{arch} {specimen.name}")
-                made.append(make_card(specimen, arch))
-    return made
+                try:
+                    made.append(make_card(specimen, arch))
+                except (NotCompiled, ValueError) as error:
+                    failures.append(str(error))
+    return made, failures
 
 
 def _show(made: Sequence[Card], markdown: Path | None) -> None:
     import sys
+    from itertools import groupby
 
     from rich.console import Console
 
-    from .cards_table import COLUMNS, cells
+    from .cards_table import COLUMNS, cells, excesses, line
     from .table import markdown_table, terminal_table
 
+    screen = Console(width=None if sys.stdout.isatty() else 260, highlight=False)
     rows = [cells(card) for card in made]
-    screen = Console(width=None if sys.stdout.isatty() else 260)
-    screen.print(terminal_table("Compiled code; nothing was timed", COLUMNS, rows))
+    title = "Compiled code; nothing was timed"
+    if screen.width >= 180:
+        screen.print(terminal_table(title, COLUMNS, rows))
+    else:
+        screen.print(title, style="italic")
+        for name, of_one in groupby(made, key=lambda card: card.specimen):
+            screen.print(name, style="bold", markup=False)
+            for card in of_one:
+                screen.print(f"  {line(card)}", markup=False)
+    for card in made:
+        for excess in excesses(card):
+            screen.print(excess, style="red", markup=False)
     if markdown is not None:
         markdown.write_text(markdown_table(COLUMNS, rows))
 
 
-def _write_json(made: Sequence[Card], path: Path) -> None:
+def _write_json(made: Sequence[Card], failures: Sequence[str], path: Path) -> None:
     import json
 
     from .budget import violations
@@ -110,5 +132,6 @@ def _write_json(made: Sequence[Card], path: Path) -> None:
         "timed": False,
         "provenance": provenance(),
         "cards": [card.as_dict() | {"over_budget": violations(card)} for card in made],
+        "failures": list(failures),
     }
     path.write_text(json.dumps(report, indent=1) + "\n")

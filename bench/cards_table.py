@@ -12,10 +12,11 @@ from .table import Column, figure
 COLUMNS = [
     Column("kernel", numeric=False),
     Column("sm"),
-    Column("warps/stages"),
+    Column("warps"),
+    Column("stages"),
     Column("regs"),
     Column("spills"),
-    Column("shared B"),
+    Column("shared KB"),
     Column("blocks/SM"),
     Column("MMA"),
     Column("other/MMA"),
@@ -24,31 +25,52 @@ COLUMNS = [
     Column("budget", numeric=False),
 ]
 
-WIDTHS = "256, 128, 64, 32, 16 and 8 bits"
+
+def line(card: Card) -> str:
+    """The figures that matter most, for a terminal too narrow for the table."""
+    ratio = "" if card.other_per_mma is None else f", {card.other_per_mma:.2f} other/MMA"
+    return (
+        f"sm_{card.arch:<3} {card.registers:>3} regs, {_spills(card)} spills, {_kilobytes(card)} KB shared, "
+        f"{card.blocks_per_sm}/SM ({card.occupancy:.0%}){ratio}, {_verdict(card)}"
+    )
 
 
 def cells(card: Card) -> list[str]:
-    """One row; access widths read `128: 24, 32: 1`."""
+    """One row; access widths read `24x128, 1x32`: instructions x bits."""
     return [
         card.specimen,
         str(card.arch),
-        f"{card.num_warps}/{card.num_stages}",
+        str(card.num_warps),
+        str(card.num_stages),
         str(card.registers),
         _spills(card),
-        str(card.shared_bytes),
+        _kilobytes(card),
         f"{card.blocks_per_sm} ({card.occupancy:.0%})",
         str(card.mma + card.warp_group_mma),
         figure(card.other_per_mma, 2),
         *(_widths(card.accesses[name]) for name in GLOBAL_ACCESSES),
         _mix(card.main_loop),
-        "; ".join(violations(card)) or f"{card.budget}: ok",
+        _verdict(card),
     ]
+
+
+def excesses(card: Card) -> list[str]:
+    """What is over budget, a line each."""
+    return [f"{card.specimen}, sm_{card.arch}: {line}" for line in violations(card)]
+
+
+def _kilobytes(card: Card) -> str:
+    return f"{card.shared_bytes / 1024:.1f}"
+
+
+def _verdict(card: Card) -> str:
+    return "over budget" if violations(card) else "ok"
 
 
 def _spills(card: Card) -> str:
     if not (card.stack_bytes or card.spill_stores or card.spill_loads):
         return "0"
-    return f"{card.stack_bytes} B, {card.spill_stores} STL, {card.spill_loads} LDL"
+    return f"{card.spill_stores}+{card.spill_loads} ({card.stack_bytes} B)"
 
 
 def _widths(widths: Mapping[int, int]) -> str:

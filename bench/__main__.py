@@ -1,0 +1,20 @@
+"""`python -m qtrain.bench`: the reports, each also a module of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from .cards_command import cards
+from .train import main as train
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("cards")(cards)
+app.command("train")(train)
+
+
+@app.callback()
+def _group() -> None:
+    """Timed comparisons with the peers, and what compiled kernels cost."""
+
+
+app(prog_name="python -m qtrain.bench")
