@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .choice import force_backend as force_backend
     from .logprob import LogprobOutput as LogprobOutput
     from .logprob import linear_logprob as linear_logprob
+    from .lora import lora_linear as lora_linear
+    from .lora import lora_linear_group as lora_linear_group
+    from .nf4 import NF4Weight as NF4Weight
+    from .nf4 import nf4_dequantize as nf4_dequantize
 
 _HOME = {
     "BackendChoice": "choice",
@@ -20,9 +24,23 @@ _HOME = {
     "force_backend": "choice",
     "LogprobOutput": "logprob",
     "linear_logprob": "logprob",
+    "lora_linear": "lora",
+    "lora_linear_group": "lora",
+    "NF4Weight": "nf4",
+    "nf4_dequantize": "nf4",
 }
 
-__all__ = ["BackendChoice", "LogprobOutput", "backends", "force_backend", "linear_logprob"]
+__all__ = [
+    "BackendChoice",
+    "LogprobOutput",
+    "NF4Weight",
+    "backends",
+    "force_backend",
+    "linear_logprob",
+    "lora_linear",
+    "lora_linear_group",
+    "nf4_dequantize",
+]
 
 
 def __getattr__(name: str) -> Any:

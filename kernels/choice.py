@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+HAS_TRITON = find_spec("triton") is not None
 
 Backend = Literal["pytorch", "triton"]
-_forced: ContextVar[Backend | None] = ContextVar("qtrain_forced_backend", default=None)
+# a plain global: torch.compile guards on it, and a backward sees it in whatever thread it runs
+_forced: Backend | None = None
 
 
 @contextmanager
@@ -19,16 +25,24 @@ def force_backend(backend: Backend) -> Iterator[None]:
     For comparing the two on a GPU, and for running the Triton kernels on CPU tensors under Triton's
     interpreter or an emulator. An op whose Triton path can't take the arguments then raises.
     """
-    token = _forced.set(backend)
+    global _forced
+    before, _forced = _forced, backend
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def forced_backend() -> Backend | None:
     """What `force_backend` asks for here, or None."""
-    return _forced.get()
+    return _forced
+
+
+def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an op that computes in `dtype` on `device` takes its Triton kernels here."""
+    if _forced is not None:
+        return _forced == "triton"
+    return device.type == "cuda" and HAS_TRITON and dtype.itemsize == 2
 
 
 @dataclass(frozen=True, slots=True)

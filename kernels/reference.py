@@ -40,3 +40,28 @@ def linear_logprob(
         torch.where(labelled, lse, zero),
         torch.where(labelled, entropy, zero),
     )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling * (x * keep / (1 - dropout_p)) A^T B^T, [..., N]; `keep` is 0 or 1, as x."""
+    dropped = x if keep is None else x * keep / (1 - dropout_p)
+    y = x @ weight.T + scaling * (dropped @ lora_A.T @ lora_B.T)
+    return y if bias is None else y + bias
+
+
+def nf4_dequantize(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, int]
+) -> Tensor:
+    """W.flatten()[i] = code[nibble i] * absmax[i // blocksize]; the even nibble is the high one of its byte."""
+    nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten().to(torch.int64)
+    return (code[nibbles] * absmax.repeat_interleave(blocksize)[: nibbles.numel()]).view(shape)
