@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -222,7 +223,7 @@ def project_width(rank: int, row_tiles: int, sms: int, itemsize: int) -> int:
     return width if 2 * row_tiles >= sms else min(width, 32)
 
 
-def project_options(width: int) -> dict[str, int]:
+def project_options(width: int) -> dict[str, Any]:
     return {"num_warps": 8 if width == 256 else 4, "num_stages": 3 if width <= 64 else 2}
 
 
