@@ -280,15 +280,16 @@ def _group_backward(
         dys, lora_Bs, scalings, torch.split(g, ranks, dim=1), strict=True
     ):
         products.up_grad(dy, lora_B, scaling, columns)
-    grads: list[Tensor] = []
-    if want_dx:
-        weights = [weight for weight, _ in _unflatten(base, layout, g.dtype)]
-        grads.append(products.input_grad(dys, weights, g, lora_As, dropout_p, number))
-    if x is not None and xa is not None:
-        parts = torch.split(xa, ranks, dim=1)
-        dBs, dA = products.weight_grads(dys, parts, scalings, g, x.contiguous(), dropout_p, number)
-        grads += [*dBs, dA]
-    return grads
+    weights = [weight for weight, _ in _unflatten(base, layout, g.dtype)]
+    if x is None or xa is None:
+        return [products.input_grad(dys, weights, g, lora_As, dropout_p, number)] if want_dx else []
+    x, parts = x.contiguous(), torch.split(xa, ranks, dim=1)
+    if want_dx and not triton:
+        dx, dBs, dA = products.both_grads(dys, weights, parts, scalings, g, x, lora_As, dropout_p, number)
+        return [dx, *dBs, dA]
+    dxs = [products.input_grad(dys, weights, g, lora_As, dropout_p, number)] if want_dx else []
+    dBs, dA = products.weight_grads(dys, parts, scalings, g, x, dropout_p, number)
+    return [*dxs, *dBs, dA]
 
 
 @_group_backward.register_fake

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .nf4 import NF4Weight, dequantize
 
-MASK_ELEMENTS = 1 << 18  # of a tile of rows: mask and masked rows stay in a core's second-level cache
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+MASK_ELEMENTS = 1 << 19  # of a tile of rows: mask and masked rows stay in cache, products stay large
 
 
 def down(x: Tensor, lora_As: Sequence[Tensor], dropout_p: float, seed: int) -> Tensor:
@@ -23,7 +24,7 @@ def down(x: Tensor, lora_As: Sequence[Tensor], dropout_p: float, seed: int) -> T
         return x @ stacked.T
     xa = x.new_empty(x.shape[0], stacked.shape[0])
     for rows, keep in keep_tiles(x, dropout_p, seed):
-        torch.mm(keep.mul_(x[rows]), stacked.T, out=xa[rows])
+        torch.mm(masked(x[rows], keep), stacked.T, out=xa[rows])
     return xa
 
 
@@ -50,13 +51,12 @@ def weight_grads(
     seed: int,
 ) -> tuple[list[Tensor], Tensor]:
     """([scaling_i dy_i^T xa_i, [N_i, r_i]], g^T drop(x), [R, K]) in float32 (float64 for float64)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    dBs = [(dy.T @ xa).to(dtype).mul_(scaling) for dy, xa, scaling in zip(dys, xas, scalings, strict=True)]
+    dBs = [_grad_B(dy, xa, scaling) for dy, xa, scaling in zip(dys, xas, scalings, strict=True)]
     if dropout_p == 0:
-        return dBs, (g.T @ x).to(dtype)
-    dA = torch.zeros(g.shape[1], x.shape[1], dtype=dtype, device=x.device)
+        return dBs, (g.T @ x).to(_wide(x))
+    dA = torch.zeros(g.shape[1], x.shape[1], dtype=_wide(x), device=x.device)
     for rows, keep in keep_tiles(x, dropout_p, seed):
-        dA += g[rows].T @ keep.mul_(x[rows])
+        dA += g[rows].T @ masked(x[rows], keep)
     return dBs, dA.div_(1 - dropout_p)
 
 
@@ -69,34 +69,78 @@ def input_grad(
     seed: int,
 ) -> Tensor:
     """sum_i dy_i W_i + mask / (1 - p) * (g [A_1; A_2; ...]), [M, K]."""
-    dx = dys[0] @ _dense(weights[0], g.dtype)
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, _dense(weight, g.dtype))
+    dx = _base_grad(dys, weights)
     stacked = _stacked(lora_As, g.dtype, dropout_p)
     if dropout_p == 0:
         return dx.addmm_(g, stacked)
     for rows, keep in keep_tiles(dx, dropout_p, seed):
-        dx[rows].addcmul_(g[rows] @ stacked, keep)
+        dx[rows] += masked(g[rows] @ stacked, keep)
     return dx
 
 
-def keep_tiles(like: Tensor, dropout_p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """The mask of `like` [M, K] as tiles of rows of ones and zeros in its dtype.
+def both_grads(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor | NF4Weight],
+    xas: Sequence[Tensor],
+    scalings: Sequence[float],
+    g: Tensor,
+    x: Tensor,
+    lora_As: Sequence[Tensor],
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(`input_grad`, *`weight_grads`) of one mask: drawing it costs as much as a low-rank product."""
+    if dropout_p == 0:
+        dx = input_grad(dys, weights, g, lora_As, dropout_p, seed)
+        return dx, *weight_grads(dys, xas, scalings, g, x, dropout_p, seed)
+    dx = _base_grad(dys, weights)
+    dBs = [_grad_B(dy, xa, scaling) for dy, xa, scaling in zip(dys, xas, scalings, strict=True)]
+    dA = torch.zeros(g.shape[1], x.shape[1], dtype=_wide(x), device=x.device)
+    stacked = _stacked(lora_As, g.dtype, dropout_p)
+    for rows, keep in keep_tiles(x, dropout_p, seed):
+        dA += g[rows].T @ masked(x[rows], keep)
+        dx[rows] += masked(g[rows] @ stacked, keep)
+    return dx, dBs, dA.div_(1 - dropout_p)
 
-    A function of the seed and the shape. An element is dropped where 16 random bits are below
-    p * 2^16, so p is met within 2^-17: a fifth of the time of `bernoulli_`.
+
+def keep_tiles(like: Tensor, dropout_p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """The mask of `like` [M, K] as tiles of rows: integers as wide as its dtype, all ones or zero.
+
+    A function of the seed and the shape. An element is kept where 16 random bits are below
+    (1 - p) * 2^16, so p is met within 2^-17: a fifth of the time of `bernoulli_`.
     """
     rows, columns = like.shape
     generator = torch.Generator(like.device).manual_seed(seed)
-    threshold = round(dropout_p * 65536) - 32768
+    bound = min(round((1 - dropout_p) * 65536) - 32768, 32767)
     height = max(1, MASK_ELEMENTS // columns)
     for first in range(0, rows, height):
         tile = slice(first, min(first + height, rows))
         count = (tile.stop - first) * columns
         bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
         bits.random_(-(1 << 63), None, generator=generator)  # all 64 bits of each
-        keep = bits.view(torch.int16)[:count].view(-1, columns) >= threshold
-        yield tile, keep.to(like.dtype)
+        keep = bits.view(torch.int16)[:count].view(-1, columns)
+        keep.clamp_(bound - 1, bound).sub_(bound)  # -1 below the bound, 0 from there on
+        yield tile, keep.to(_INTEGERS[like.dtype.itemsize])
+
+
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """x where kept, else 0: a bitwise and, which vectorises in every dtype."""
+    return (x.view(keep.dtype) & keep).view(x.dtype)
+
+
+def _base_grad(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4Weight]) -> Tensor:
+    dx = dys[0] @ _dense(weights[0], dys[0].dtype)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, _dense(weight, dy.dtype))
+    return dx
+
+
+def _grad_B(dy: Tensor, xa: Tensor, scaling: float) -> Tensor:
+    return (dy.T @ xa).to(_wide(dy)).mul_(scaling)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:

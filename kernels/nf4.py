@@ -142,7 +142,8 @@ def unflatten(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dty
     shape = (rows, columns)
     if not absmax_blocksize:
         return NF4Weight(packed, absmax, code, blocksize, shape, dtype)
-    return NF4Weight(packed, absmax, code, blocksize, shape, dtype, *rest[:3], absmax_blocksize)
+    decoding = (rest[0], rest[1], rest[2])
+    return NF4Weight(packed, absmax, code, blocksize, shape, dtype, *decoding, absmax_blocksize)
 
 
 @torch.library.custom_op("qtrain::nf4_dequantize", mutates_args=())

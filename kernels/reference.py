@@ -62,6 +62,6 @@ def lora_linear(
 def nf4_dequantize(
     packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, int]
 ) -> Tensor:
-    """W.flatten()[i] = code[nibble i] * absmax[i // blocksize]; the even nibble is the high one of its byte."""
+    """W.flatten()[i] = code[nibble i] * absmax[i // blocksize]; of a byte the high nibble comes first."""
     nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten().to(torch.int64)
     return (code[nibbles] * absmax.repeat_interleave(blocksize)[: nibbles.numel()]).view(shape)
