@@ -18,40 +18,54 @@ from torch import Tensor
 from .nf4 import NF4Weight
 from .specimens import Specimen
 
-# eight look-ups, eight float32 products, four conversions of pairs; {pair} is bf16x2 or f16x2
-_DECODE = """{{
+# eight look-ups and eight float32 products; what becomes of them follows
+_PRODUCTS = """
 .reg .b32 n0, n1, n2, n3, n4, n5, n6;
 .reg .f32 c0, c1, c2, c3, c4, c5, c6, c7;
-shr.u32 n0, $4, 4;
-shr.u32 n1, $4, 12;
-shr.u32 n2, $4, 8;
-shr.u32 n3, $4, 20;
-shr.u32 n4, $4, 16;
-shr.u32 n5, $4, 28;
-shr.u32 n6, $4, 24;
-shfl.sync.idx.b32 c0, $5, n0, 31, -1;
-shfl.sync.idx.b32 c1, $5, $4, 31, -1;
-shfl.sync.idx.b32 c2, $5, n1, 31, -1;
-shfl.sync.idx.b32 c3, $5, n2, 31, -1;
-shfl.sync.idx.b32 c4, $5, n3, 31, -1;
-shfl.sync.idx.b32 c5, $5, n4, 31, -1;
-shfl.sync.idx.b32 c6, $5, n5, 31, -1;
-shfl.sync.idx.b32 c7, $5, n6, 31, -1;
-mul.rn.f32 c0, c0, $6;
-mul.rn.f32 c1, c1, $6;
-mul.rn.f32 c2, c2, $6;
-mul.rn.f32 c3, c3, $6;
-mul.rn.f32 c4, c4, $6;
-mul.rn.f32 c5, c5, $6;
-mul.rn.f32 c6, c6, $6;
-mul.rn.f32 c7, c7, $6;
+shr.u32 n0, {word}, 4;
+shr.u32 n1, {word}, 12;
+shr.u32 n2, {word}, 8;
+shr.u32 n3, {word}, 20;
+shr.u32 n4, {word}, 16;
+shr.u32 n5, {word}, 28;
+shr.u32 n6, {word}, 24;
+shfl.sync.idx.b32 c0, {table}, n0, 31, -1;
+shfl.sync.idx.b32 c1, {table}, {word}, 31, -1;
+shfl.sync.idx.b32 c2, {table}, n1, 31, -1;
+shfl.sync.idx.b32 c3, {table}, n2, 31, -1;
+shfl.sync.idx.b32 c4, {table}, n3, 31, -1;
+shfl.sync.idx.b32 c5, {table}, n4, 31, -1;
+shfl.sync.idx.b32 c6, {table}, n5, 31, -1;
+shfl.sync.idx.b32 c7, {table}, n6, 31, -1;
+mul.rn.f32 c0, c0, {absmax};
+mul.rn.f32 c1, c1, {absmax};
+mul.rn.f32 c2, c2, {absmax};
+mul.rn.f32 c3, c3, {absmax};
+mul.rn.f32 c4, c4, {absmax};
+mul.rn.f32 c5, c5, {absmax};
+mul.rn.f32 c6, c6, {absmax};
+mul.rn.f32 c7, c7, {absmax};
+"""
+_PAIRS = """
 cvt.rn.{pair}.f32 $0, c1, c0;
 cvt.rn.{pair}.f32 $1, c3, c2;
 cvt.rn.{pair}.f32 $2, c5, c4;
 cvt.rn.{pair}.f32 $3, c7, c6;
-}}"""
-DECODE_BF16 = tl.constexpr(_DECODE.format(pair="bf16x2"))
-DECODE_FP16 = tl.constexpr(_DECODE.format(pair="f16x2"))
+"""
+
+
+def _decode_pairs(pair: str) -> str:
+    return "{" + _PRODUCTS.format(word="$4", table="$5", absmax="$6") + _PAIRS.format(pair=pair) + "}"
+
+
+def _decode_singles() -> str:
+    moves = "".join(f"mov.f32 ${index}, c{index};\n" for index in range(8))
+    return "{" + _PRODUCTS.format(word="$8", table="$9", absmax="$10") + moves + "}"
+
+
+DECODE_BF16 = tl.constexpr(_decode_pairs("bf16x2"))
+DECODE_FP16 = tl.constexpr(_decode_pairs("f16x2"))
+DECODE_FP32 = tl.constexpr(_decode_singles())
 LANE = tl.constexpr("{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 $0, lane, 15; }")
 
 
@@ -60,9 +74,44 @@ def lane_table(code_ptr, ROWS: tl.constexpr, WORDS: tl.constexpr, INTERPRET: tl.
     """The codes as the decode wants them: code[lane mod 16] in every lane, shaped like the words."""
     zeros = tl.zeros((ROWS, WORDS), tl.int32)
     if INTERPRET:
-        return zeros.to(tl.float32)  # the decode loads from memory instead
-    lane = tl.inline_asm_elementwise(LANE, "=r,r", [zeros], dtype=tl.int32, is_pure=True, pack=1)
-    return tl.load(code_ptr + lane)
+        table = zeros.to(tl.float32)  # the decode loads from memory instead
+    else:
+        lane = tl.inline_asm_elementwise(LANE, "=r,r", [zeros], dtype=tl.int32, is_pure=True, pack=1)
+        table = tl.load(code_ptr + lane)
+    return table
+
+
+@triton.jit
+def _from_memory(words, absmax, code_ptr, ROWS: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr):
+    """The decode without assembly, for Triton's interpreter."""
+    place = tl.arange(0, 8)
+    shift = (place // 2) * 8 + 4 - (place % 2) * 4
+    nibble = (words[:, :, None] >> shift[None, None, :]) & 15
+    weight = tl.load(code_ptr + nibble) * tl.broadcast_to(absmax, (ROWS, WORDS))[:, :, None]
+    return tl.reshape(weight.to(DTYPE), (ROWS, WORDS * 8))
+
+
+@triton.jit
+def _to_float32(words, absmax, table, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        DECODE_FP32, "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r", [words, table, absmax],
+        dtype=(tl.float32,) * 8, is_pure=True, pack=1,
+    )  # fmt: skip
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.join(even, odd), (ROWS, WORDS * 8))
+
+
+@triton.jit
+def _to_16_bits(words, absmax, table, ROWS: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr):
+    a, b, c, d = tl.inline_asm_elementwise(
+        DECODE_BF16 if DTYPE == tl.bfloat16 else DECODE_FP16,  # noqa: SIM300
+        "=r,=r,=r,=r,r,r,r", [words, table, absmax], dtype=(tl.int32,) * 4, is_pure=True, pack=1,
+    )  # fmt: skip
+    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, WORDS * 4))
+    low = (pairs & 0xFFFF).to(tl.uint16)
+    high = (pairs.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+    return tl.reshape(tl.join(low, high), (ROWS, WORDS * 8)).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -72,35 +121,22 @@ def decode(
 ):  # fmt: skip
     """words [ROWS, WORDS] of eight weights, absmax broadcastable to them -> [ROWS, 8 WORDS] in DTYPE."""
     if INTERPRET:
-        place = tl.arange(0, 8)
-        shift = (place // 2) * 8 + 4 - (place % 2) * 4
-        nibble = (words[:, :, None] >> shift[None, None, :]) & 15
-        weight = tl.load(code_ptr + nibble) * tl.broadcast_to(absmax, (ROWS, WORDS))[:, :, None]
-        return tl.reshape(weight.to(DTYPE), (ROWS, WORDS * 8))
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        a, b, c, d = tl.inline_asm_elementwise(
-            DECODE_BF16, "=r,=r,=r,=r,r,r,r", [words, table, absmax],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+        weight = _from_memory(words, absmax, code_ptr, ROWS, WORDS, DTYPE)
+    elif DTYPE == tl.float32:  # noqa: SIM300
+        weight = _to_float32(words, absmax, table, ROWS, WORDS)
     else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            DECODE_FP16, "=r,=r,=r,=r,r,r,r", [words, table, absmax],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, WORDS * 4))
-    low = (pairs & 0xFFFF).to(tl.uint16)
-    high = (pairs.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
-    return tl.reshape(tl.join(low, high), (ROWS, WORDS * 8)).to(DTYPE, bitcast=True)
+        weight = _to_16_bits(words, absmax, table, ROWS, WORDS, DTYPE)
+    return weight
 
 
 @triton.jit
 def pin(weight, INTERPRET: tl.constexpr):
     """Keep the decode where it is: without this the compiler repeats it in every warp that multiplies."""
-    if INTERPRET:
-        return weight
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [weight], dtype=weight.dtype, is_pure=False, pack=2
-    )
+    if not INTERPRET:
+        weight = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [weight], dtype=weight.dtype, is_pure=False, pack=2
+        )
+    return weight
 
 
 @triton.jit
@@ -148,8 +184,11 @@ DEQUANTIZE_WARPS = 8
 def nf4_arguments(weight: NF4Weight) -> tuple[dict[str, Tensor], dict[str, int | bool]]:
     """A weight as the kernels' pointers and constants."""
     code, nested = weight.code, weight.nested
+    packed = weight.packed.view(-1)
+    if packed.data_ptr() % 16:
+        packed = packed.clone()  # a view into somebody's buffer; the kernels read 16 bytes at once
     pointers = {
-        "packed_ptr": weight.packed.view(-1).view(torch.int32),
+        "packed_ptr": packed.view(torch.int32),
         "absmax_ptr": weight.absmax,
         "code_ptr": code,
         "absmax_code_ptr": code if weight.absmax_code is None else weight.absmax_code,
@@ -164,15 +203,13 @@ def obstacle(weight: NF4Weight) -> str | None:
     n, k = weight.shape
     if n * k % 64:
         return f"its {n} x {k} weights are not a multiple of 64"
-    if weight.packed.data_ptr() % 16:
-        return "its packed weights are not aligned to 16 bytes"
     if weight.blocksize < 64:
         return f"its blocksize is {weight.blocksize}, the kernels take 64 and larger"
     return None
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """[N, K] in `dtype` (bf16 or fp16), one launch, nested absmax included, 16-byte stores."""
+    """[N, K] in `dtype` (bf16, fp16 or fp32), one launch, nested absmax included, 16-byte stores."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
     groups = out.numel() // 64
     pointers, constants = nf4_arguments(weight)
@@ -204,7 +241,7 @@ NF4_SIGNATURE = {
 def specimens() -> list[Specimen]:
     """Of `dequantize`, by dtype and nesting."""
     found = []
-    for dtype in ("bf16", "fp16"):
+    for dtype in ("bf16", "fp16", "fp32"):
         for nested in (True, False):
             signature = NF4_SIGNATURE | {"out_ptr": f"*{dtype}", "groups": "i32"}
             if not nested:
@@ -224,7 +261,7 @@ def specimens() -> list[Specimen]:
                     aligned=frozenset(name for name in signature if name.endswith("_ptr")),
                     num_warps=DEQUANTIZE_WARPS,
                     num_stages=3,
-                    budget="nf4_dequantize",
+                    budget="light",
                     hot=("packed_ptr", "out_ptr"),
                     options={"enable_fp_fusion": False},
                 )
