@@ -18,6 +18,7 @@ SCRATCH = "(scratch)"
 UNKNOWN = "(unknown)"
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_PREFIX = re.compile(r"^(?:[{}\s]|\$?\w+:)*(?:@!?%\w+\s+)?")
 _REGISTER = re.compile(r"%\w+")
 _PARAMETER = re.compile(r"\[\s*\w+_param_(\d+)\s*(?:\+\s*0\s*)?\]")
 _BRACKET = re.compile(r"\[([^\]]*)\]")
@@ -67,11 +68,13 @@ def _statements(ptx: str) -> Iterator[tuple[str, str]]:
     """(opcode, operands) of each instruction; guards, labels and directives are left out."""
     for statement in _COMMENT.sub(" ", ptx).split(";"):
         # labels, scopes and directives end without a semicolon: the instruction is the last line
-        text = statement.strip().splitlines()[-1].strip() if statement.strip() else ""
-        text = re.sub(r"^(?:[{}\s]|\$?\w+:)*(?:@!?%\w+\s+)?", "", text)
-        opcode, _, operands = text.partition(" ") if " " in text else text.partition("\t")
+        lines = statement.strip().splitlines()
+        text = _PREFIX.sub("", lines[-1] if lines else "")
+        if not text:
+            continue
+        opcode, *operands = text.split(None, 1)
         if re.match(r"[a-z]", opcode):
-            yield opcode.strip(), operands
+            yield opcode, operands[0] if operands else ""
 
 
 def _reach(statements: Sequence[tuple[str, str]], pointers: Sequence[str | None]) -> dict[str, set[str]]:

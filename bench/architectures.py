@@ -17,6 +17,8 @@ class Architecture:
     """Limits of a compute capability (CUDA programming guide, technical specifications)."""
 
     name: str
+    machine: str
+    """As nvdisasm calls it."""
     warps: int
     blocks: int
     shared_bytes: int
@@ -26,11 +28,11 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    80: Architecture("A100", 64, 32, 164 * 1024, 163 * 1024, True),
-    86: Architecture("RTX 30", 48, 16, 100 * 1024, 99 * 1024, True),
-    89: Architecture("RTX 40, L40", 48, 24, 100 * 1024, 99 * 1024, True),
-    90: Architecture("H100", 64, 32, 228 * 1024, 227 * 1024, False),
-    120: Architecture("RTX 50", 48, 24, 100 * 1024, 99 * 1024, True),
+    80: Architecture("A100", "SM80", 64, 32, 164 * 1024, 163 * 1024, True),
+    86: Architecture("RTX 30", "SM86", 48, 16, 100 * 1024, 99 * 1024, True),
+    89: Architecture("RTX 40, L40", "SM89", 48, 24, 100 * 1024, 99 * 1024, True),
+    90: Architecture("H100", "SM90a", 64, 32, 228 * 1024, 227 * 1024, False),
+    120: Architecture("RTX 50", "SM120a", 48, 24, 100 * 1024, 99 * 1024, True),
 }
 
 

@@ -7,14 +7,15 @@ widths of global accesses, and what the main loop issues beside the tensor cores
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .accesses import global_accesses, widths_by_pointer
-from .aot import compile_options, compile_specimen
+from .aot import Compiled, NotCompiled, compile_options, compile_specimen
 from .architectures import RESERVED_SHARED, architecture, blocks_per_sm
-from .sass import MMA, WARP_GROUP_MMA, disassemble, parse_sass, resources
+from .sass import MMA, WARP_GROUP_MMA, Sass, code, count_sass, disassemble, resources
 
 if TYPE_CHECKING:
     from qtrain.kernels.specimens import Specimen
@@ -70,12 +71,32 @@ def make_card(specimen: Specimen, arch: int) -> Card:
 
     Raises:
         NoTriton: triton is missing.
+        NotCompiled: the compiler refuses the kernel.
         ValueError: the specimen doesn't fit its kernel, or the architecture is unknown.
     """
     key = _key(specimen, arch)
     if key not in _CARDS:
-        _CARDS[key] = _read(specimen, arch)
+        [_CARDS[key]] = _read([specimen], [compile_specimen(specimen, arch)], arch)
     return _CARDS[key]
+
+
+def prepare_cards(
+    specimens: Sequence[Specimen], arch: int, progress: Callable[[str], object] = lambda _: None
+) -> None:
+    """Make many cards, so that `make_card` has them ready: reading them together is quicker.
+
+    What can't be compiled is left out: `make_card` will say why.
+    """
+    done: list[tuple[Specimen, Compiled]] = []
+    for specimen in specimens:
+        progress(f"sm_{arch} {specimen.name}")
+        if _key(specimen, arch) not in _CARDS:
+            with suppress(NotCompiled, ValueError):
+                done.append((specimen, compile_specimen(specimen, arch)))
+    if done:
+        read = [specimen for specimen, _ in done]
+        cards = _read(read, [compiled for _, compiled in done], arch)
+        _CARDS.update((_key(specimen, arch), card) for specimen, card in zip(read, cards, strict=True))
 
 
 def _key(specimen: Specimen, arch: int) -> tuple[Any, ...]:
@@ -85,15 +106,24 @@ def _key(specimen: Specimen, arch: int) -> tuple[Any, ...]:
     return (specimen.kernel, arch, *described, *texts)
 
 
-def _read(specimen: Specimen, arch: int) -> Card:
-    limits = architecture(arch)
-    compiled = compile_specimen(specimen, arch)
+def _read(specimens: Sequence[Specimen], compiled: Sequence[Compiled], arch: int) -> list[Card]:
+    codes = [code(one.cubin) for one in compiled]
+    first, cards = 0, []
+    for specimen, one, instructions in zip(
+        specimens, compiled, disassemble(codes, architecture(arch).machine), strict=True
+    ):
+        cards.append(_card(specimen, one, count_sass(instructions, first), arch))
+        first += len(instructions)
+    return cards
+
+
+def _card(specimen: Specimen, compiled: Compiled, sass: Sass, arch: int) -> Card:
     used = resources(compiled.cubin)
-    sass = parse_sass(disassemble(compiled.cubin))
-    # from sm_90 on cuobjdump counts what the driver keeps of every block
-    static = used.shared_bytes - (RESERVED_SHARED if arch >= 90 else 0)
+    # from sm_90 on cuobjdump counts the driver's part too, where a block has shared memory at all
+    static = used.shared_bytes if arch < 90 else max(0, used.shared_bytes - RESERVED_SHARED)
     shared = static + compiled.shared_bytes
     blocks = blocks_per_sm(arch, warps=specimen.num_warps, registers=used.registers, shared_bytes=shared)
+    by_pointer = widths_by_pointer(global_accesses(compiled.ptx, compiled.pointers))
     loop = sass.main_loop
     return Card(
         specimen=specimen.name,
@@ -108,14 +138,11 @@ def _read(specimen: Specimen, arch: int) -> Card:
         spill_loads=sass.instructions["LDL"],
         shared_bytes=shared,
         blocks_per_sm=blocks,
-        occupancy=blocks * specimen.num_warps / limits.warps,
+        occupancy=blocks * specimen.num_warps / architecture(arch).warps,
         mma=_count(sass.instructions, MMA),
         warp_group_mma=_count(sass.instructions, WARP_GROUP_MMA),
-        accesses={name: dict(sorted(widths.items())) for name, widths in sass.accesses.items()},
-        pointers={
-            name: {kind: dict(sorted(widths.items())) for kind, widths in kinds.items()}
-            for name, kinds in widths_by_pointer(global_accesses(compiled.ptx, compiled.pointers)).items()
-        },
+        accesses=_sorted(sass.accesses),
+        pointers={name: _sorted(kinds) for name, kinds in by_pointer.items()},
         hot=specimen.hot,
         main_loop=dict(loop.instructions.most_common()) if loop else None,
         other_per_mma=loop.other_per_mma if loop else None,
@@ -124,6 +151,10 @@ def _read(specimen: Specimen, arch: int) -> Card:
 
 def _count(instructions: Counter[str], names: frozenset[str]) -> int:
     return sum(instructions[name] for name in names)
+
+
+def _sorted(widths: Mapping[str, Counter[int]]) -> Widths:
+    return {name: dict(sorted(counts.items())) for name, counts in widths.items()}
 
 
 if __name__ == "__main__":

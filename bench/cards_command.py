@@ -44,7 +44,7 @@ def cards(
     except NoTriton as error:
         say.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    made, failures = make_cards(_chosen(only, say), arch or list(ARCHITECTURES), say)
+    made, failures = _make(_chosen(only, say), arch or list(ARCHITECTURES), say)
     _show(made, markdown)
     for failure in failures:
         say.print(failure, style="red", markup=False, highlight=False)
@@ -66,8 +66,14 @@ def _chosen(only: str, say: Console) -> list[Specimen]:
 def _specimens(say: Console) -> list[Specimen]:
     from importlib import import_module
 
+    from qtrain.kernels import specimens
+
+    try:
+        return specimens.all_specimens()
+    except (ImportError, AttributeError) as error:
+        say.print(f"not all kernels: {error}", style="yellow", markup=False)
     found: list[Specimen] = []
-    for name in ("nf4_triton", "lora_triton", "logprob_triton"):
+    for name in ("nf4_triton", "lora_specimens", "logprob_triton"):
         try:
             found += import_module(f"qtrain.kernels.{name}").specimens()
         except (ImportError, AttributeError) as error:
@@ -75,22 +81,21 @@ def _specimens(say: Console) -> list[Specimen]:
     return found
 
 
-def make_cards(
-    specimens: Sequence[Specimen], archs: Sequence[int], say: Console
-) -> tuple[list[Card], list[str]]:
+def _make(specimens: Sequence[Specimen], archs: Sequence[int], say: Console) -> tuple[list[Card], list[str]]:
     """A card for each specimen on each architecture, and why some can't be had; `say` shows the progress."""
     from .aot import NotCompiled
-    from .cards import make_card
+    from .cards import make_card, prepare_cards
 
-    made, failures = [], []
     with say.status("compiling") as status:
-        for specimen in specimens:
-            for arch in archs:
-                status.update(f"sm_{arch} {specimen.name}")
-                try:
-                    made.append(make_card(specimen, arch))
-                except (NotCompiled, ValueError) as error:
-                    failures.append(str(error))
+        for arch in archs:
+            prepare_cards(specimens, arch, status.update)
+    made, failures = [], []
+    for specimen in specimens:
+        for arch in archs:
+            try:
+                made.append(make_card(specimen, arch))
+            except (NotCompiled, ValueError) as error:
+                failures.append(str(error))
     return made, failures
 
 
