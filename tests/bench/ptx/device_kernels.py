@@ -253,10 +253,10 @@ def column(x, y, S, B: tl.constexpr):
 
 
 @triton.jit
-def far(x, y, S, B: tl.constexpr):
-    """Offsets past 2^31 elements, in 64 bits."""
+def far(x, y, a, b, B: tl.constexpr):
+    """Offsets far past 2^31 elements, in 64 bits; a - b is 1."""
     o = tl.arange(0, B).to(tl.int64)
-    tl.store(y + o, tl.load(x + (o * S - o * S) + o))
+    tl.store(y + o, tl.load(x + (B - 1) - o * a + o * b))
 
 
 @triton.jit

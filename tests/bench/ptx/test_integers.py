@@ -163,12 +163,12 @@ SEQUENCES: dict[str, Callable[[int, int, int], int]] = {
     "cvt.u8.u32 %t0, %a0; mov.b32 %o, %t0;": lambda a, _b, _c: a & 255,
     "cvt.sat.u8.s32 %t0, %a0; mov.b32 %o, %t0;": lambda a, _b, _c: max(0, min(255, signed(a))),
     "cvt.s64.s32 %u0, %a0; shr.u64 %u0, %u0, 32; cvt.u32.u64 %o, %u0;": lambda a, _b, _c: ONES * (a >> 31),
-    "mov.b64 %u0, {%a0, %a1}; bfe.u64 %u1, %u0, 20, 30; cvt.u32.u64 %o, %u1;": lambda a, b, c: (
+    "mov.b64 %u0, {%a0, %a1}; bfe.u64 %u1, %u0, 20, 30; cvt.u32.u64 %o, %u1;": lambda a, b, _c: (
         (b << 32 | a) >> 20 & (1 << 30) - 1
     ),
     "mov.b32 {%h0, %h1}, %a0; mul.wide.u16 %o, %h0, %h1;": lambda a, _b, _c: (a & 65535) * (a >> 16),
     "mov.b32 {%h0, %h1}, %a0; mov.b32 %o, {%h1, %h0};": lambda a, _b, _c: a >> 16 | a << 16,
-    "mov.b32 {%h0, %h1}, %a0; shr.s16 %h0, %h0, 5; mov.b32 %o, {%h0, %h1};": lambda a, b, c: (
+    "mov.b32 {%h0, %h1}, %a0; shr.s16 %h0, %h0, 5; mov.b32 %o, {%h0, %h1};": lambda a, _b, _c: (
         (signed(a & 65535, 16) >> 5) & 65535 | a & 0xFFFF0000
     ),
     "dp4a.s32.u32 %o, %a0, %a1, %a2;": lambda a, b, c: (
