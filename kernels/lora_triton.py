@@ -50,10 +50,10 @@ PROJECT_ROWS = 32
 DEQUANTIZE_ROWS = 4096
 
 
-def obstacle(x: Tensor, weights: Sequence[Tensor | NF4Weight]) -> str | None:
-    """Why the kernels can't serve these arguments, or None."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}: tensor cores take bfloat16 and float16, cuBLAS serves the rest"
+def obstacle(dtype: torch.dtype, weights: Sequence[Tensor | NF4Weight]) -> str | None:
+    """Why the kernels can't serve layers that compute in `dtype`, or None."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype}: tensor cores take bfloat16 and float16, cuBLAS serves the rest"
     for weight in weights:
         n, k = weight.shape
         if n % STEP or k % STEP:

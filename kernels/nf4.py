@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choice import triton_serves
+from .choice import forced_backend, triton_serves
 
 CHUNK = 1 << 17  # weights: their float32 values stay in a core's second-level cache
 
@@ -125,7 +125,18 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tenso
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}, must be float16, bfloat16, float32 or float64")
     tensors, layout = flatten(weight)
-    return _dequantize_op(tensors, layout, dtype, triton_serves(weight.packed.device, dtype))
+    return _dequantize_op(tensors, layout, dtype, _triton_reads(weight, dtype))
+
+
+def _triton_reads(weight: NF4Weight, dtype: torch.dtype) -> bool:
+    if not triton_serves(weight.packed.device, dtype):
+        return False
+    from .nf4_triton import obstacle
+
+    reason = obstacle(weight)
+    if reason is not None and forced_backend() == "triton":
+        raise ValueError(f"nf4_dequantize can't take its Triton kernel: {reason}")
+    return reason is None
 
 
 def flatten(weight: NF4Weight) -> tuple[list[Tensor], list[int]]:
