@@ -24,7 +24,7 @@ def down(x: Tensor, lora_As: Sequence[Tensor], dropout_p: float, seed: int) -> T
         return x @ stacked.T
     xa = x.new_empty(x.shape[0], stacked.shape[0])
     for rows, keep in keep_tiles(x, dropout_p, seed):
-        torch.mm(masked(x[rows], keep), stacked.T, out=xa[rows])
+        torch.mm(_masked(x[rows], keep), stacked.T, out=xa[rows])
     return xa
 
 
@@ -56,7 +56,7 @@ def weight_grads(
         return dBs, (g.T @ x).to(_wide(x))
     dA = torch.zeros(g.shape[1], x.shape[1], dtype=_wide(x), device=x.device)
     for rows, keep in keep_tiles(x, dropout_p, seed):
-        dA += g[rows].T @ masked(x[rows], keep)
+        dA += g[rows].T @ _masked(x[rows], keep)
     return dBs, dA.div_(1 - dropout_p)
 
 
@@ -74,7 +74,7 @@ def input_grad(
     if dropout_p == 0:
         return dx.addmm_(g, stacked)
     for rows, keep in keep_tiles(dx, dropout_p, seed):
-        dx[rows] += masked(g[rows] @ stacked, keep)
+        _add_masked(dx[rows], g[rows] @ stacked, keep)
     return dx
 
 
@@ -98,8 +98,8 @@ def both_grads(
     dA = torch.zeros(g.shape[1], x.shape[1], dtype=_wide(x), device=x.device)
     stacked = _stacked(lora_As, g.dtype, dropout_p)
     for rows, keep in keep_tiles(x, dropout_p, seed):
-        dA += g[rows].T @ masked(x[rows], keep)
-        dx[rows] += masked(g[rows] @ stacked, keep)
+        _add_masked(dx[rows], g[rows] @ stacked, keep)
+        dA += g[rows].T @ _masked(x[rows], keep)
     return dx, dBs, dA.div_(1 - dropout_p)
 
 
@@ -123,9 +123,15 @@ def keep_tiles(like: Tensor, dropout_p: float, seed: int) -> Iterator[tuple[slic
         yield tile, keep.to(_INTEGERS[like.dtype.itemsize])
 
 
-def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """x where kept, else 0: a bitwise and, which vectorises in every dtype."""
-    return (x.view(keep.dtype) & keep).view(x.dtype)
+def _masked(x: Tensor, keep: Tensor) -> Tensor:
+    """x where kept, else 0, in the memory of `keep`: a bitwise and, which vectorises in every dtype."""
+    return keep.bitwise_and_(x.view(keep.dtype)).view(x.dtype)
+
+
+def _add_masked(total: Tensor, x: Tensor, keep: Tensor) -> None:
+    """total += x where kept; x is overwritten."""
+    x.view(keep.dtype).bitwise_and_(keep)
+    total += x
 
 
 def _base_grad(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4Weight]) -> Tensor:
