@@ -77,14 +77,17 @@ def _weight_grad_kernel(
     for m in range(0, tl.cdiv(rows, BM)):
         row = m * BM + step
         inside = (row < rows)[:, None]
-        small = tl.load(small_ptr + small_place, mask=inside & (rank < RANK)[None, :], other=0.0)
-        big = tl.load(big_ptr + big_place, mask=inside, other=0.0)
+        first_row = (m * BM).to(tl.int64)
+        small = tl.load(
+            small_ptr + first_row * small_stride + small_place,
+            mask=inside & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        big = tl.load(big_ptr + first_row * big_stride + big_place, mask=inside, other=0.0)
         if DROPOUT:
             keep = keep_mask(seed_low, seed_high, row, first_col, drop_threshold, BM, BC)
             big = tl.where(keep, big, 0.0)
         acc = tl.dot(tl.trans(small).to(DOT), big.to(DOT), acc)
-        small_ptr += (BM * small_stride).to(tl.int64)
-        big_ptr += (BM * big_stride).to(tl.int64)
     inside = (rank < RANK)[:, None]
     if ROW_MAJOR:
         tl.store(out_ptr + rank[:, None] * C + col[None, :], acc * alpha, mask=inside)
