@@ -104,7 +104,9 @@ def assert_noticed(check: Check, fault: Fault) -> str:
     else:
         message = ""
     places = "".join(f"\n  {line}" for line in sorted(fault.elsewhere))
-    assert fault.changed, f"there is no {fault.pattern!r} to replace at {fault.at!r}, but at{places or ' no line'}"
+    assert fault.changed, (
+        f"there is no {fault.pattern!r} to replace at {fault.at!r}, but at{places or ' no line'}"
+    )
     assert message, f"{fault.changed} replaced {fault.pattern!r} went unnoticed"
     return message
 
