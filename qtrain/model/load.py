@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from qtrain.errors import UserError
+from qtrain.kernels.choice import Backend
 from qtrain.recipe.schema import ModelSettings
 
 from .attention import AttentionChoice, choose_attention
@@ -66,8 +67,10 @@ def load_tokenizer(folder: str, settings: ModelSettings) -> Any:
     return tokenizer
 
 
-def load_base(settings: ModelSettings, *, packing: bool = True, local_rank: int = 0) -> Base:
-    """Load and freeze the base model; its forward can return label log-probs.
+def load_base(
+    settings: ModelSettings, *, packing: bool = True, local_rank: int = 0, backend: Backend | None = None
+) -> Base:
+    """Load and freeze the base model; its forward can return label log-probs (by `backend`, if given).
 
     Raises:
         UserError: no such model, or it can't be read.
@@ -93,7 +96,7 @@ def load_base(settings: ModelSettings, *, packing: bool = True, local_rank: int 
     if compute.device.type == "cpu":
         detach_from_files(model)
     keep_nf4_layout(model)
-    attach_logprob_forward(model)
+    attach_logprob_forward(model, backend)
     return Base(model, tokenizer, folder, compute, attention)
 
 

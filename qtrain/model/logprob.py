@@ -15,17 +15,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import UserError
-from qtrain.kernels import linear_logprob
+from qtrain.kernels import force_backend, linear_logprob
+from qtrain.kernels.choice import Backend
+from qtrain.kernels.logprob import choose_backend
 
 from .attention import layout_decides
 from .layout import Layout
 
 
-def attach_logprob_forward(model: PreTrainedModel) -> None:
+def logprob_path(model: PreTrainedModel, backend: Backend | None = None) -> str:
+    """Which implementation of `linear_logprob` serves this model's head, and why."""
+    chosen, reason = choose_backend(model.get_output_embeddings().weight, backend)
+    return f"{chosen}: {reason}; labelled rows only"
+
+
+def attach_logprob_forward(model: PreTrainedModel, backend: Backend | None = None) -> None:
     """Let `model(input_ids=..., label_rows=[L], labels=[L])` return `{"logp": [L]}`.
 
     `label_rows` index the flattened [batch * T] hidden states; row t predicts its label, so for a
-    token at position t + 1 the row is t.
+    token at position t + 1 the row is t. `backend` forces an implementation of `linear_logprob`.
 
     Raises:
         UserError: the model has no plain linear output head.
@@ -54,9 +62,10 @@ def attach_logprob_forward(model: PreTrainedModel) -> None:
             output = self.get_decoder()(input_ids=input_ids, use_cache=False, **extra, **_for_decoder(kwargs))
         hidden_states = output.last_hidden_state.flatten(0, 1).index_select(0, label_rows)  # [L, H]
         lm_head = self.get_output_embeddings()
-        logp = linear_logprob(
-            hidden_states, lm_head.weight, labels, bias=lm_head.bias, softcap=softcap, logit_scale=scale
-        )
+        with nullcontext() if backend is None else force_backend(backend):
+            logp = linear_logprob(
+                hidden_states, lm_head.weight, labels, bias=lm_head.bias, softcap=softcap, logit_scale=scale
+            )
         return {"logp": logp}
 
     model.forward = types.MethodType(forward, model)

@@ -15,8 +15,12 @@ from transformers import TrainingArguments, set_seed
 
 from qtrain.data.dataset import TokenDataset, build_dataset
 from qtrain.errors import UserError
+from qtrain.kernels.choice import Backend
 from qtrain.model.adapter import continue_adapter, new_adapter
+from qtrain.model.checkpointing import recompute_activations
+from qtrain.model.kernels import LoraKernels, keep_peft, use_lora_kernels
 from qtrain.model.load import Base, base_folder, load_base, load_tokenizer
+from qtrain.model.logprob import logprob_path
 from qtrain.recipe.schema import Recipe
 from qtrain.runs.rundir import RunDir, finished_run
 
@@ -45,6 +49,7 @@ class Prepared:
     packed: bool
     shared_prompts: bool
     notes: dict[str, str]  # choice -> reason
+    kernels: LoraKernels
 
 
 def check_request(recipe: Recipe) -> None:
@@ -118,14 +123,17 @@ def prepare_data(recipe: Recipe, run: RunDir | None) -> Data:
 def prepare_model(recipe: Recipe, say: Say) -> Prepared:
     """Load the base, wrap it with a new or continued adapter, and choose how batches are laid out."""
     adapter = parent_adapter(recipe)
-    base = load_base(recipe.model, packing=recipe.training.packing, local_rank=local_rank())
+    off = recipe.kernels == "off"
+    backend: Backend | None = "pytorch" if off else None
+    base = load_base(recipe.model, packing=recipe.training.packing, local_rank=local_rank(), backend=backend)
     set_seed(recipe.training.seed)  # the adapter's initial A comes from it
     if adapter is None:
         model = new_adapter(base.model, recipe.adapter)
     else:
         model = continue_adapter(base.model, adapter, recipe.adapter)
+    kernels = keep_peft(model) if off else use_lora_kernels(model, base.compute.dtype)
     if use_checkpointing(recipe, base):
-        base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(base.model)
     packed = base.attention.packed
     shared = packed and recipe.dpo.share_prompts and recipe.training.method == "dpo"
     pad = base.tokenizer.pad_token_id
@@ -137,12 +145,12 @@ def prepare_model(recipe: Recipe, say: Say) -> Prepared:
         "device": f"{base.compute.device}",
         "compute_dtype": f"{str(base.compute.dtype).removeprefix('torch.')}: {base.compute.reason}",
         "attention": f"{base.attention.implementation}: {base.attention.reason}",
-        "linear_logprob": "pytorch: tiles of the vocabulary, gradient in the forward, labelled rows only",
-        "lora_linear": "peft: the stock module",
+        "linear_logprob": logprob_path(base.model, backend),
+        "lora_linear": kernels.summary(),
     }
     for choice, reason in notes.items():
         say(f"{choice}: {reason}")
-    return Prepared(base, model, collate, packed, shared, notes)
+    return Prepared(base, model, collate, packed, shared, notes, kernels)
 
 
 def use_checkpointing(recipe: Recipe, base: Base) -> bool:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from transformers import PrinterCallback
 
 from qtrain.errors import QtrainError, UserError
+from qtrain.model.kernels import LoraKernels
 from qtrain.recipe.load import dump_recipe, load_recipe
 from qtrain.recipe.schema import Recipe
 from qtrain.runs.atomic import disk_errors, write_checksums, write_json, write_text
@@ -108,7 +109,7 @@ def train(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
                 else "no checkpoint was written yet: starting from the first step"
             )
         _write_manifest(run, recipe, data, prepared, trainer)
-        return _train(trainer, stop, run, start, say)
+        return _train(trainer, stop, run, start, prepared.kernels, say)
 
 
 def _prepare(recipe: Recipe, run: RunDir, resume: bool, say: Say) -> tuple[Data, Prepared]:
@@ -136,7 +137,14 @@ def _silent(line: str) -> None:
     """Only the main process speaks."""
 
 
-def _train(trainer: LogprobTrainer, stop: StopOnSignal, run: RunDir, start: Path | None, say: Say) -> Outcome:
+def _train(
+    trainer: LogprobTrainer,
+    stop: StopOnSignal,
+    run: RunDir,
+    start: Path | None,
+    kernels: LoraKernels,
+    say: Say,
+) -> Outcome:
     main = main_process()
     step = checkpoint.checkpoint_step(start) if start else 0
     if main:
@@ -166,7 +174,14 @@ def _train(trainer: LogprobTrainer, stop: StopOnSignal, run: RunDir, start: Path
         )
         return Outcome(run, "stopped", step, {})
     figures = _finish(trainer, run)
+    _say_fallbacks(kernels, say)
     return Outcome(run, "finished", step, figures)
+
+
+def _say_fallbacks(kernels: LoraKernels, say: Say) -> None:
+    """A layer whose path was lora_linear and which peft served after all."""
+    for reason, layers in kernels.fallbacks.items():
+        say(f"lora_linear: peft's forward ran in {len(layers)} layers at times: {reason}")
 
 
 def _finish(trainer: LogprobTrainer, run: RunDir) -> dict[str, Any]:
@@ -292,6 +307,7 @@ def _write_manifest(
                 "shared_prompts": str(prepared.shared_prompts),
                 "gradient_checkpointing": str(use_checkpointing(recipe, prepared.base)),
             },
+            "kernels": {"lora_linear": prepared.kernels.as_dict()},
         },
     )
 
