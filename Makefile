@@ -27,6 +27,7 @@ demo: $(VENV)/.installed  ## fine-tune a real model, SFT then DPO, and compare i
 
 test: $(VENV)/.installed lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
