@@ -20,6 +20,8 @@ from .sass import MMA, WARP_GROUP_MMA, Sass, code, count_sass, disassemble, reso
 if TYPE_CHECKING:
     from qtrain.kernels.specimens import Specimen
 
+    from .cards_emulated import Emulated
+
 Widths = dict[str, dict[int, int]]
 
 
@@ -55,12 +57,12 @@ class Card:
     """Instructions of one iteration of the main loop by opcode, NOPs left out."""
     other_per_mma: float | None
     """In the main loop, instructions that are not the tensor cores' to one that is."""
-    emulated: dict[str, Any] | None = None
-    """What running the code in the emulator counted; None where it was not run."""
+    emulated: Emulated | None = None
+    """What the emulator counted; None where it was not asked."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: widths become strings there."""
-        return asdict(self)
+        """For JSON, where widths become strings."""
+        return asdict(self) | {"emulated": self.emulated.as_dict() if self.emulated else None}
 
 
 _CARDS: dict[tuple[Any, ...], Card] = {}

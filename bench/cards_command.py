@@ -21,6 +21,9 @@ def cards(
         list[int] | None, typer.Option(help="Compute capability, as 89; repeatable; default all.")
     ] = None,
     only: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="Run the code for sm_89 too: bytes, bank conflicts, roofline.")
+    ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the cards as JSON too.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown too.")] = None,
 ) -> None:
@@ -44,7 +47,7 @@ def cards(
     except NoTriton as error:
         say.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    made, failures = _make(_chosen(only, say), arch or list(ARCHITECTURES), say)
+    made, failures = _make(_chosen(only, say), arch or list(ARCHITECTURES), emulate, say)
     _show(made, markdown)
     for failure in failures:
         say.print(failure, style="red", markup=False, highlight=False)
@@ -81,21 +84,32 @@ def _specimens(say: Console) -> list[Specimen]:
     return found
 
 
-def _make(specimens: Sequence[Specimen], archs: Sequence[int], say: Console) -> tuple[list[Card], list[str]]:
+def _make(
+    specimens: Sequence[Specimen], archs: Sequence[int], emulated: bool, say: Console
+) -> tuple[list[Card], list[str]]:
     """A card for each specimen on each architecture, and why some can't be had; `say` shows the progress."""
+    from dataclasses import replace
+
     from .aot import NotCompiled
     from .cards import make_card, prepare_cards
 
+    made, failures = [], []
     with say.status("compiling") as status:
         for arch in archs:
             prepare_cards(specimens, arch, status.update)
-    made, failures = [], []
-    for specimen in specimens:
-        for arch in archs:
-            try:
-                made.append(make_card(specimen, arch))
-            except (NotCompiled, ValueError) as error:
-                failures.append(str(error))
+        for specimen in specimens:
+            for arch in archs:
+                try:
+                    card = make_card(specimen, arch)
+                except (NotCompiled, ValueError) as error:
+                    failures.append(str(error))
+                    continue
+                if emulated:
+                    from .cards_emulated import ARCH, emulate
+
+                    status.update(f"emulating {specimen.name}")
+                    card = replace(card, emulated=emulate(specimen) if arch == ARCH else None)
+                made.append(card)
     return made, failures
 
 
@@ -105,7 +119,7 @@ def _show(made: Sequence[Card], markdown: Path | None) -> None:
 
     from rich.console import Console
 
-    from .cards_table import COLUMNS, cells, excesses, line
+    from .cards_table import COLUMNS, EMULATED_COLUMNS, cells, emulated_cells, excesses, line
     from .table import markdown_table, terminal_table
 
     screen = Console(width=None if sys.stdout.isatty() else 260, highlight=False)
@@ -119,11 +133,17 @@ def _show(made: Sequence[Card], markdown: Path | None) -> None:
             screen.print(name, style="bold", markup=False)
             for card in of_one:
                 screen.print(f"  {line(card)}", markup=False)
+    emulated = [emulated_cells(card.specimen, card.emulated) for card in made if card.emulated]
+    if emulated:
+        heading = "Executed by the emulator; times are modelled for an RTX 4090"
+        screen.print(terminal_table(heading, EMULATED_COLUMNS, emulated))
     for card in made:
         for excess in excesses(card):
             screen.print(excess, style="red", markup=False)
     if markdown is not None:
-        markdown.write_text(markdown_table(COLUMNS, rows))
+        tables = [markdown_table(COLUMNS, rows)]
+        tables += [markdown_table(EMULATED_COLUMNS, emulated)] if emulated else []
+        markdown.write_text("\n".join(tables))
 
 
 def _write_json(made: Sequence[Card], failures: Sequence[str], path: Path) -> None:

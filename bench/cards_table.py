@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from .budget import violations
 from .cards import Card
 from .sass import GLOBAL_ACCESSES, MMA, WARP_GROUP_MMA
 from .table import Column, figure
+
+if TYPE_CHECKING:
+    from .cards_emulated import Emulated
 
 COLUMNS = [
     Column("kernel", numeric=False),
@@ -24,6 +28,32 @@ COLUMNS = [
     Column("main loop", numeric=False),
     Column("budget", numeric=False),
 ]
+
+EMULATED_COLUMNS = [
+    Column("kernel", numeric=False),
+    Column("M x N x K"),
+    Column("bytes/ideal"),
+    Column("L2/ideal"),
+    Column("bank conflicts"),
+    Column("model us"),
+    Column("bound by", numeric=False),
+    Column("of roofline"),
+]
+
+
+def emulated_cells(name: str, seen: Emulated) -> list[str]:
+    """One row: ratios to the bytes that have to move; modelled times if all overlaps, and if nothing."""
+    low, high = seen.of_roofline
+    return [
+        name,
+        " x ".join(str(size) for size in seen.shape.values()),
+        figure(seen.touched, 2),
+        figure(seen.moved, 2),
+        f"x{seen.conflicts:.2f}",
+        f"{seen.overlapped_us:.1f}-{seen.serial_us:.1f}",
+        seen.bound,
+        f"{low:.0%}-{high:.0%}",
+    ]
 
 
 def line(card: Card) -> str:

@@ -21,6 +21,7 @@ from qtrain.bench.aot import NotCompiled, compile_options, compile_specimen
 from qtrain.bench.budget import budgets, violations
 from qtrain.bench.cards import Card, make_card
 from qtrain.cli import app
+from qtrain.kernels import nf4_triton
 from qtrain.kernels import specimens as listing
 from qtrain.kernels.specimens import Specimen
 from tests.bench.compiled_kernels import copy, copy_kernel, gemm
@@ -198,6 +199,20 @@ def test_over_budget_is_exit_code_1() -> None:
     done = CliRunner().invoke(app, ["bench", "cards", "--arch", "89"])
     assert done.exit_code == 1
     assert "copy 1024 unaligned, sm_89: x_ptr: 8 load of 16 bits, wanted are 128" in done.stdout
+
+
+def test_emulated_figures_are_of_sm_89(listed: list[Specimen], tmp_path: Path) -> None:
+    listed[:] = [copy(), nf4_triton.specimens()[0]]
+    archs = ["--arch", "80", "--arch", "89"]
+    done = CliRunner().invoke(
+        app, ["bench", "cards", *archs, "--emulate", "--json", str(tmp_path / "cards.json")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "Executed by the emulator" in done.stdout
+    cards = json.loads((tmp_path / "cards.json").read_text())["cards"]
+    [seen] = [card["emulated"] for card in cards if card["emulated"]]
+    assert seen["bound"] == "DRAM"
+    assert seen["touched"] == pytest.approx(1, abs=0.001)  # 1024 x 1024 weights in whole sectors
 
 
 def test_a_kernel_that_does_not_compile_is_exit_code_1(listed: list[Specimen]) -> None:
