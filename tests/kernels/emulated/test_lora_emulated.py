@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,6 @@ from tests.kernels.poison import poison_empty
 SPECIMENS = {specimen.name: specimen for specimen in (*lora_specimens.specimens(), *nf4_triton.specimens())}
 # ragged rows, an odd number of tiles in each direction, three steps of the pipelined loops and more
 SHAPE = Shape(rows=150, outputs=192, inner=320)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_right(specimen: Specimen, found: torch.Tensor, expected: torch.Tensor) -> None:
