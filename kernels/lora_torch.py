@@ -156,8 +156,9 @@ def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
 def _stacked(lora_As: Sequence[Tensor], dtype: torch.dtype, dropout_p: float) -> Tensor:
     """[A_1; A_2; ...] / (1 - p), [R, K]."""
     stacked = lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
-    return (stacked if dropout_p == 0 else stacked / (1 - dropout_p)).to(dtype)
+    return stacked.to(dtype) if dropout_p == 0 else _scaled(stacked, 1 / (1 - dropout_p), dtype)
 
 
-def _scaled(lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    return (lora_B * scaling).to(dtype)
+def _scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """factor * scaling in the wider of the two dtypes, then rounded to `dtype`."""
+    return (factor.to(torch.promote_types(factor.dtype, dtype)) * scaling).to(dtype)

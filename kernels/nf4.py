@@ -114,7 +114,7 @@ def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, count: int) ->
 def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """W[i // K, i % K] = code[nibble(i)] * absmax[i // blocksize], [N, K], cast once to `dtype`.
 
-    Bit for bit `bitsandbytes.functional.dequantize_4bit`. `dtype` is that of the quantised weight
+    Bit for bit what bitsandbytes computes. `dtype` is that of the quantised weight
     unless given: float16, bfloat16, float32 or float64. One Triton launch on CUDA, nested absmax
     included; on a CPU bitsandbytes' own routine where it is loaded, else table lookups.
 
@@ -174,10 +174,24 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, triton: bool) -> Tensor:
 
         return nf4_triton.dequantize(weight, dtype)
     absmax = _absmax(weight)
-    if weight.packed.is_cpu and dtype != torch.float64 and hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
-        op = torch.ops.bitsandbytes.dequantize_4bit.default  # native: half the time of table lookups
+    if _native(weight, dtype):
+        op = torch.ops.bitsandbytes.dequantize_4bit.default  # half the time of table lookups
         return op(weight.packed.unsqueeze(1), absmax, weight.blocksize, "nf4", weight.shape, dtype)
     return _by_table(weight, absmax, dtype)
+
+
+def _native(weight: NF4Weight, dtype: torch.dtype) -> bool:
+    """Whether bitsandbytes is loaded and has C code for this.
+
+    That code is wrong where blocks straddle rows (0.50.2), and large blocks go through torch.compile.
+    """
+    return (
+        weight.packed.is_cpu
+        and dtype != torch.float64
+        and weight.blocksize < 2048
+        and weight.shape[1] % weight.blocksize == 0
+        and hasattr(torch.ops.bitsandbytes, "dequantize_4bit")
+    )
 
 
 def _absmax(weight: NF4Weight) -> Tensor:
