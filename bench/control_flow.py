@@ -13,11 +13,12 @@ def loops(edges: Sequence[Sequence[int]]) -> list[frozenset[int]]:
     those.
     """
     order, before = _reverse_postorder(edges)
-    dominator = _dominators(order, before)
+    rank = {node: position for position, node in enumerate(order)}
+    dominator = _dominators(order, rank, before)
     bodies: dict[int, set[int]] = {}
     for node in order:
         for head in edges[node]:
-            if head != node and _dominates(dominator, head, node):
+            if rank[head] < rank[node] and _dominates(dominator, head, node):
                 body = bodies.setdefault(head, {head})
                 waiting = [node]
                 while waiting:
@@ -48,9 +49,8 @@ def _reverse_postorder(edges: Sequence[Sequence[int]]) -> tuple[list[int], dict[
     return finished[::-1], before
 
 
-def _dominators(order: Sequence[int], before: dict[int, list[int]]) -> dict[int, int]:
+def _dominators(order: Sequence[int], rank: dict[int, int], before: dict[int, list[int]]) -> dict[int, int]:
     """Immediate dominators (Cooper, Harvey and Kennedy, A Simple, Fast Dominance Algorithm)."""
-    rank = {node: position for position, node in enumerate(order)}
     dominator = {0: 0}
     changed = True
     while changed:
