@@ -45,7 +45,7 @@ def attach_logprob_forward(model: PreTrainedModel, backend: Backend | None = Non
             "a plain linear layer is needed; take lm_head out of adapter.target_modules"
         )
     softcap, scale = _logit_transform(model)
-    plain_forward = model.forward
+    plain_forward = type(model).forward  # not bound: a copy of the model has to run its own
 
     def forward(
         self: PreTrainedModel,
@@ -56,7 +56,7 @@ def attach_logprob_forward(model: PreTrainedModel, backend: Backend | None = Non
         **kwargs: Any,
     ) -> Any:
         if label_rows is None or labels is None:
-            return plain_forward(input_ids=input_ids, labels=labels, **kwargs)
+            return plain_forward(self, input_ids=input_ids, labels=labels, **kwargs)
         extra = {} if layout is None else {"layout": layout}
         with nullcontext() if layout is None else layout_decides():
             output = self.get_decoder()(input_ids=input_ids, use_cache=False, **extra, **_for_decoder(kwargs))
