@@ -57,31 +57,15 @@ def cards(
 
 
 def _chosen(only: str, say: Console) -> list[Specimen]:
-    specimens = _specimens(say)
+    from qtrain.kernels.specimens import all_specimens
+
+    specimens = all_specimens()
     chosen = [specimen for specimen in specimens if only in specimen.name]
     if not chosen:
         names = "\n".join(specimen.name for specimen in specimens)
         say.print(f"--only {only!r} fits none of\n{names}", style="red", markup=False)
         raise typer.Exit(2)
     return chosen
-
-
-def _specimens(say: Console) -> list[Specimen]:
-    from importlib import import_module
-
-    from qtrain.kernels import specimens
-
-    try:
-        return specimens.all_specimens()
-    except (ImportError, AttributeError) as error:
-        say.print(f"not all kernels: {error}", style="yellow", markup=False)
-    found: list[Specimen] = []
-    for name in ("nf4_triton", "lora_specimens", "logprob_triton"):
-        try:
-            found += import_module(f"qtrain.kernels.{name}").specimens()
-        except (ImportError, AttributeError) as error:
-            say.print(f"{name} is left out: {error}", style="yellow", markup=False)
-    return found
 
 
 def _make(
