@@ -55,17 +55,22 @@ class BackendChoice:
 
 
 def backends(device_type: str) -> list[BackendChoice]:
-    """The choice for every op on `cpu` or `cuda`."""
-    where = "on this CPU" if device_type == "cpu" else "on CUDA as well"
+    """The choice for every op on `cpu` or `cuda`, for 16-bit weights whose shapes its kernels take."""
+    if device_type == "cuda" and HAS_TRITON:
+        return [
+            BackendChoice("linear_logprob", "triton", "16-bit tensor cores, logits never leave the chip"),
+            BackendChoice(
+                "lora_linear", "triton", "low-rank term and NF4 decode inside of the base's matmul"
+            ),
+            BackendChoice("nf4_dequantize", "triton", "one launch, nested absmax included, wide stores"),
+        ]
+    why = "on this CPU" if device_type == "cpu" else "because triton is not installed"
     return [
+        BackendChoice("linear_logprob", "pytorch", f"tiles through torch.matmul {why}; no logits are held"),
         BackendChoice(
-            "linear_logprob",
-            "pytorch",
-            f"tiles of 512 tokens x 4096 words through torch.matmul {where}; logits are never held",
+            "lora_linear", "pytorch", f"matmuls alone {why}, summed in place; NF4 decoded once for each use"
         ),
         BackendChoice(
-            "lora_linear",
-            "peft",
-            "the adapter's stock module over bitsandbytes' 4-bit or torch's 16-bit matmul",
+            "nf4_dequantize", "pytorch", f"bitsandbytes' C code where it serves {why}, else table lookups"
         ),
     ]
