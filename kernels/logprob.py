@@ -149,12 +149,13 @@ def _forward(
 @torch.library.custom_op(
     "qtrain::linear_logprob_head_grad",
     mutates_args=(),
-    schema="(Tensor grad, Tensor lse, Tensor hidden_states, Tensor weight, Tensor labels, Tensor? bias, "
-    "float? softcap, float scale, SymInt ignore_index, bool want_weight, bool want_bias, "
+    schema="(Tensor grad, Tensor logp, Tensor lse, Tensor hidden_states, Tensor weight, Tensor labels, "
+    "Tensor? bias, float? softcap, float scale, SymInt ignore_index, bool want_weight, bool want_bias, "
     "str? forced) -> (Tensor, Tensor)",
 )
 def _head_gradient(
     grad: Tensor,
+    logp: Tensor,
     lse: Tensor,
     hidden_states: Tensor,
     weight: Tensor,
@@ -171,7 +172,7 @@ def _head_gradient(
     inputs = labelled(hidden_states, weight, labels, bias, softcap, scale, ignore_index)
     backend, _ = choose_backend(weight, forced)
     with torch.autocast(weight.device.type, enabled=False):
-        dw, db = _path(backend).head_gradient(inputs, grad, lse, want_weight, want_bias)
+        dw, db = _path(backend).head_gradient(inputs, grad, logp, lse, want_weight, want_bias)
     return _or_empty(dw, weight), _or_empty(db, weight if bias is None else bias)
 
 
@@ -200,7 +201,7 @@ def _(hidden_states: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tu
 
 @_head_gradient.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, _, weight, _, bias, *_, want_weight, want_bias, _ = arguments
+    _, _, _, _, weight, _, bias, *_, want_weight, want_bias, _ = arguments
     dw = weight.new_empty(weight.shape) if want_weight else None
     db = bias.new_empty(bias.shape) if bias is not None and want_bias else None
     return _or_empty(dw, weight), _or_empty(db, weight if bias is None else bias)
@@ -209,12 +210,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """What is kept for backward: u for the hidden states, the inputs for the head."""
     h, weight, labels, bias, *numbers, want_u, _ = inputs
-    _, lse, entropy, u = output
+    logp, lse, entropy, u = output
     ctx.mark_non_differentiable(lse, entropy, u)
     ctx.trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     ctx.numbers, ctx.want_u = numbers, want_u
     ctx.forced = forced_backend()  # backward may run in a thread of its own, outside the context
-    ctx.save_for_backward(u, *((lse, h, weight, labels, bias) if ctx.trainable_head else ()))
+    ctx.save_for_backward(u, *((logp, lse, h, weight, labels, bias) if ctx.trainable_head else ()))
 
 
 @once_differentiable

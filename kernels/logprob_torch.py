@@ -40,7 +40,7 @@ def forward(
 
 
 def head_gradient(
-    inputs: LogprobInputs, grad: Tensor, lse: Tensor, want_weight: bool, want_bias: bool
+    inputs: LogprobInputs, grad: Tensor, _logp: Tensor, lse: Tensor, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz = g * (onehot - p) * slope * scale, tile by tile: dW = dz^T h, db = sum dz. grad and lse: [M]."""
     weight, bias = inputs.weight, inputs.bias

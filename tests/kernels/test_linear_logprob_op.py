@@ -37,7 +37,7 @@ def test_opcheck(trainable_head: bool) -> None:
 def test_opcheck_of_the_heads_gradient() -> None:
     h, w, bias, labels = _case()
     lse, grad = torch.randn(11), torch.randn(11)
-    arguments = (grad, lse, h, w, labels, bias, None, 1.0, -100, True, True, None)
+    arguments = (grad, lse - 1, lse, h, w, labels, bias, None, 1.0, -100, True, True, None)
     # it has no gradient of its own
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.qtrain.linear_logprob_head_grad.default, arguments, test_utils=tests)
