@@ -34,6 +34,6 @@ class Specimen:
 
 def all_specimens() -> list[Specimen]:
     """Of all ops. Needs triton."""
-    from . import logprob_triton, lora_specimens, nf4_triton
+    from . import logprob_specimens, lora_specimens, nf4_triton
 
-    return [*nf4_triton.specimens(), *lora_specimens.specimens(), *logprob_triton.specimens()]
+    return [*nf4_triton.specimens(), *lora_specimens.specimens(), *logprob_specimens.specimens()]
