@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from .lora_factor_triton import _project_kernel, _weight_grad_kernel
 from .lora_gemm_triton import _forward_kernel, _input_grad_kernel
-from .lora_triton import GROUP, NARROW, PROJECT_ROWS, STEP, WIDE, Tile, project_options
+from .lora_triton import GROUP, NARROW, PROJECT_ROWS, STEP, WEIGHT_GRAD, WIDE, Tile, project_options
 from .nf4_triton import NF4_SIGNATURE
 from .specimens import Specimen
 
@@ -52,7 +53,7 @@ def _forward_specimen(dtype: str, base: str, tile: Tile, rank: int, *, bias: boo
         kernel=_forward_kernel,
         signature=signature,
         constexprs={"RANK": rank, "BIAS": bias, **_BASES[base], **_tile(tile)},
-        aligned=_aligned(signature),
+        aligned=_aligned(signature, "xa_stride", rank),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         budget="bf16_gemm" if base == "16-bit" else "nf4_gemm",
@@ -67,7 +68,8 @@ def _input_grad() -> Iterator[Specimen]:
             yield _input_grad_specimen(dtype, base, 64, dropout=True, add=False)
     yield _input_grad_specimen("bf16", "nf4 nested", 64, dropout=False, add=False)
     yield _input_grad_specimen("bf16", "nf4 nested", 8, dropout=True, add=False)
-    yield _input_grad_specimen("bf16", "nf4 nested", 192, dropout=True, add=False)  # q, k and v
+    for dtype in ("bf16", "fp16"):
+        yield _input_grad_specimen(dtype, "nf4 nested", 192, dropout=True, add=False)  # q, k and v
     for base in ("nf4 nested", "16-bit"):
         yield _input_grad_specimen("bf16", base, 0, dropout=False, add=True)
 
@@ -99,8 +101,11 @@ def _project() -> Iterator[Specimen]:
         yield _project_specimen("bf16", "fp32", width, width, down=False, dropout=False)
     yield _project_specimen("bf16", "fp32", 64, 64, down=True, dropout=False)
     yield _project_specimen("fp16", "fp32", 64, 64, down=True, dropout=True)
-    for width in (32, 128, 256):  # groups, whose factors are stacked in the dtype of x
-        yield _project_specimen("bf16", "bf16", 192, width, down=True, dropout=True)
+    for rank, width in ((192, 32), (96, 128), (192, 256)):  # groups, their factors stacked in the dtype of x
+        yield _project_specimen("bf16", "bf16", rank, width, down=True, dropout=True)
+    yield _project_specimen("fp16", "fp16", 192, 32, down=True, dropout=True)
+    for down in (True, False):
+        yield _project_specimen("bf16", "fp32", 8, 16, down=down, dropout=down)
 
 
 def _project_specimen(
@@ -122,10 +127,10 @@ def _project_specimen(
             "BR": width,
             "INTERPRET": False,
         },
-        aligned=_aligned(signature),
+        aligned=_aligned(signature, "out_stride", rank),
         budget="light",
         hot=("x_ptr", "factor_ptr"),
-        **project_options(width),
+        **_options(project_options(width)),
     )
 
 
@@ -136,6 +141,8 @@ def _weight_grad() -> Iterator[Specimen]:
     yield _weight_grad_specimen("bf16", 64, 64, transposed=False, dropout=False)
     yield _weight_grad_specimen("bf16", 192, 64, transposed=False, dropout=True)
     yield _weight_grad_specimen("fp16", 64, 64, transposed=False, dropout=True)
+    for transposed in (True, False):
+        yield _weight_grad_specimen("bf16", 8, 16, transposed=transposed, dropout=not transposed)
 
 
 def _weight_grad_specimen(dtype: str, rank: int, height: int, *, transposed: bool, dropout: bool) -> Specimen:
@@ -160,11 +167,10 @@ def _weight_grad_specimen(dtype: str, rank: int, height: int, *, transposed: boo
             "BC": STEP,
             "INTERPRET": False,
         },
-        aligned=_aligned(signature),
-        num_warps=4,
-        num_stages=3,
+        aligned=_aligned(signature, "small_stride", rank),
         budget="light",
         hot=("big_ptr", "out_ptr"),
+        **_options(WEIGHT_GRAD),
     )
 
 
@@ -179,5 +185,13 @@ def _tile(tile: Tile) -> dict[str, int | bool]:
     return {"BM": tile.rows, "BN": tile.columns, "GROUP": GROUP, "INTERPRET": False}
 
 
-def _aligned(signature: dict[str, str]) -> frozenset[str]:
-    return frozenset(signature) - _SCALARS
+def _options(launch: dict[str, Any]) -> dict[str, Any]:
+    """A launch's options as fields of a specimen."""
+    others = {name: value for name, value in launch.items() if name not in ("num_warps", "num_stages")}
+    return {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"], "options": others}
+
+
+def _aligned(signature: dict[str, str], rank_stride: str = "", rank: int = 0) -> frozenset[str]:
+    """What is a multiple of 16 whatever the shape; `rank_stride` is the stride of [M, rank]."""
+    unaligned = {rank_stride} if rank % 16 else set()
+    return frozenset(signature) - _SCALARS - unaligned

@@ -46,6 +46,7 @@ WIDE = Tile(128, 128, 8, 3)
 NARROW = Tile(128, 64, 4, 3)  # two blocks fit a multiprocessor
 GROUP = 8
 PROJECT_ROWS = 32
+WEIGHT_GRAD = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 # Above so many rows a separate dequantisation costs less than decoding the weight for each row tile again
 DEQUANTIZE_ROWS = 4096
 
@@ -224,7 +225,11 @@ def project_width(rank: int, row_tiles: int, sms: int, itemsize: int) -> int:
 
 
 def project_options(width: int) -> dict[str, Any]:
-    return {"num_warps": 8 if width == 256 else 4, "num_stages": 3 if width <= 64 else 2}
+    return {
+        "num_warps": 8 if width == 256 else 4,
+        "num_stages": 3 if width <= 64 else 2,
+        "enable_fp_fusion": True,
+    }
 
 
 def _weight_grad(
@@ -251,8 +256,7 @@ def _weight_grad(
         BR=height,
         BC=STEP,
         INTERPRET=triton.knobs.runtime.interpret,
-        num_warps=4,
-        num_stages=3,
+        **WEIGHT_GRAD,
     )
 
 
