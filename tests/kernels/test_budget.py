@@ -1,0 +1,38 @@
+"""Every kernel in every configuration, compiled for every architecture, is within its budget."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled by triton")
+
+from qtrain.bench.architectures import ARCHITECTURES
+from qtrain.bench.budget import budgets, violations
+from qtrain.bench.cards import make_card, prepare_cards
+from qtrain.kernels.specimens import Specimen, all_specimens
+
+SPECIMENS = all_specimens()
+
+
+@pytest.fixture(scope="session")
+def prepared(request: pytest.FixtureRequest) -> None:
+    """The cards of the selected tests, made together: the disassembler is slow to start."""
+    chosen = defaultdict(list)
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.originalname == test_within_budget.__name__:
+            chosen[item.callspec.params["arch"]].append(item.callspec.params["specimen"])
+    for arch, specimens in chosen.items():
+        prepare_cards(specimens, arch)
+
+
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
+def test_within_budget(specimen: Specimen, arch: int) -> None:
+    assert violations(make_card(specimen, arch)) == []
+
+
+def test_every_budget_is_used() -> None:
+    assert {one.budget for one in SPECIMENS} == budgets()["budget"].keys()
