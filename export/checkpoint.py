@@ -113,6 +113,11 @@ class Checkpoint:
         """One tensor; see `load`."""
         return self.load([name], check=check)[name]
 
+    def mapped(self, name: str) -> Tensor:
+        """One tensor as a view of its file: read where it is looked at; not checked for NaN."""
+        with self.reading(self.file_of[name]) as reader:
+            return reader.get_tensor(name)
+
     @contextlib.contextmanager
     def reading(self, file: str) -> Iterator[Any]:
         """`safe_open` of one weight file: `get_tensor(name)` maps it, so pages count as used until the end.

@@ -72,3 +72,22 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def save_adapter(folder: Path, base: Path, *, seed: int = 0, scale: float = 0.3, **settings: Any) -> Path:
+    """A PEFT adapter for a model folder whose B is random instead of zero (normal, std `scale`)."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**(config | settings))
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name:
+            parameter.data.normal_(std=scale)
+    model.save_pretrained(str(folder))
+    return folder
