@@ -54,9 +54,13 @@ def memory_field(name: str, status: str | None = None) -> int:
     raise KeyError(name)
 
 
-def release_free_memory() -> None:
-    """Give freed heap back to the system: what a load left behind must not hide what training needs."""
-    gc.collect()
+def release_free_memory(*, collect: bool = True) -> None:
+    """Give freed heap back to the system: what a load left behind must not hide what training needs.
+
+    `collect` frees cycles first, which takes a second where large libraries are loaded.
+    """
+    if collect:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
@@ -69,8 +73,8 @@ class PeakMemory:
     and can miss a short peak; `method` says which.
     """
 
-    def __init__(self) -> None:
-        release_free_memory()
+    def __init__(self, *, collect: bool = True) -> None:
+        release_free_memory(collect=collect)
         self.baseline = memory_field("VmRSS")
         self.method = "VmHWM" if _reset_high_water_mark() else "sampled"
         self._sampled = self.baseline

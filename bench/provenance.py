@@ -14,6 +14,10 @@ from typing import Any
 ROOM = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton", "numpy")
 
+# of nvidia-smi --query-gpu
+GPU_FIELDS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory")
+GPU_STATE = ("clocks.sm", "clocks.memory", "temperature.gpu", "power.draw")
+
 
 def provenance(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """Everything that a report states about itself, JSON-ready."""
@@ -46,7 +50,7 @@ def package_versions(packages: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, the instructions that decide a matmul's speed, cores, memory, load."""
+    """CPU model, the instructions that decide a matmul's speed, cores, memory, load; GPUs."""
     info = _read(Path("/proc/cpuinfo"))
     flags = _field(info, "flags").split()
     return {
@@ -56,7 +60,26 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": _field(_read(Path("/proc/meminfo")), "MemTotal"),
         "load": list(os.getloadavg()),
+        "gpus": _nvidia_smi(GPU_FIELDS),
     }
+
+
+def gpu_clocks() -> list[dict[str, str]]:
+    """Clocks, temperature and power of each GPU at this moment; empty without nvidia-smi."""
+    return _nvidia_smi(GPU_STATE)
+
+
+def _nvidia_smi(fields: tuple[str, ...]) -> list[dict[str, str]]:
+    """A dictionary for each GPU, values as nvidia-smi prints them."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0:
+        return []
+    lines = [line.split(", ") for line in done.stdout.splitlines() if line]
+    return [dict(zip(fields, values, strict=True)) for values in lines if len(values) == len(fields)]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
