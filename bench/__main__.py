@@ -5,11 +5,13 @@ from __future__ import annotations
 import typer
 
 from .cards_command import cards
+from .kernels_command import kernels
 from .layer_model import layer
 from .train import main as train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("cards")(cards)
+app.command("kernels")(kernels)
 app.command("layer")(layer)
 app.command("train")(train)
 
