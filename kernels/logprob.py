@@ -56,7 +56,8 @@ def linear_logprob(
 
     Memory beyond inputs, outputs and u, T being the number of labelled rows:
     PyTorch: tiles of 512 x 4096 logits. Triton: with t = min(T, 4096) rows at a time, 64 MiB for the
-    tiles and t * (6 H + V / 21) bytes for u, hidden states that are gathered, and statistics.
+    tiles and t * (6 H + V / 21) bytes for u, hidden states that are gathered, and statistics. In the
+    backward of a head that learns: 64 MiB, 2 T H bytes, and where T > 8192 once more 32 H KiB.
 
     Args:
         hidden_states: [M, H], floating point.
