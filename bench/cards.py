@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,18 +84,27 @@ def make_card(specimen: Specimen, arch: int) -> Card:
 
 
 def prepare_cards(
-    specimens: Sequence[Specimen], arch: int, progress: Callable[[str], object] = lambda _: None
+    specimens: Sequence[Specimen],
+    arch: int,
+    *,
+    threads: int = 1,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Make many cards, so that `make_card` has them ready: reading them together is quicker.
 
-    What can't be compiled is left out: `make_card` will say why.
+    Compiles on so many threads. What can't be compiled is left out: `make_card` will say why.
     """
-    done: list[tuple[Specimen, Compiled]] = []
-    for specimen in specimens:
+
+    def attempt(specimen: Specimen) -> Compiled | None:
         progress(f"sm_{arch} {specimen.name}")
-        if _key(specimen, arch) not in _CARDS:
-            with suppress(NotCompiled, ValueError):
-                done.append((specimen, compile_specimen(specimen, arch)))
+        with suppress(NotCompiled, ValueError):
+            return compile_specimen(specimen, arch)
+        return None
+
+    missing = [specimen for specimen in specimens if _key(specimen, arch) not in _CARDS]
+    with ThreadPoolExecutor(threads) as pool:
+        found = zip(missing, pool.map(attempt, missing), strict=True)
+        done = [(specimen, compiled) for specimen, compiled in found if compiled is not None]
     if done:
         read = [specimen for specimen, _ in done]
         cards = _read(read, [compiled for _, compiled in done], arch)

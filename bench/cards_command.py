@@ -72,6 +72,7 @@ def _make(
     specimens: Sequence[Specimen], archs: Sequence[int], emulated: bool, say: Console
 ) -> tuple[list[Card], list[str]]:
     """A card for each specimen on each architecture, and why some can't be had; `say` shows the progress."""
+    import os
     from dataclasses import replace
 
     from .aot import NotCompiled
@@ -80,7 +81,7 @@ def _make(
     made, failures = [], []
     with say.status("compiling") as status:
         for arch in archs:
-            prepare_cards(specimens, arch, status.update)
+            prepare_cards(specimens, arch, threads=min(4, os.cpu_count() or 1), progress=status.update)
         for specimen in specimens:
             for arch in archs:
                 try:

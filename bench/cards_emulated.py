@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +88,11 @@ def emulate(specimen: Specimen, shape: Shape = SHAPE) -> Emulated | None:
 
 def example_of(specimen: Specimen, shape: Shape) -> Example | None:
     """Of whichever file knows the specimen's kernel."""
-    from . import lora_examples
+    from . import logprob_examples, lora_examples
 
-    makers: list[Callable[[Specimen, Shape], Example]] = [lora_examples.example]
-    for make in makers:
-        try:
-            return make(specimen, shape)
-        except KeyError:
-            continue
+    for of_op in (lora_examples, logprob_examples):
+        with suppress(KeyError):
+            return of_op.example(specimen, shape)
     return None
 
 

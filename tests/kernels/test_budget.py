@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 
 import pytest
@@ -18,13 +19,13 @@ SPECIMENS = all_specimens()
 
 @pytest.fixture(scope="session")
 def prepared(request: pytest.FixtureRequest) -> None:
-    """The cards of the selected tests, made together: the disassembler is slow to start."""
+    """The cards of the selected tests, made together: on two threads, with few starts of the disassembler."""
     chosen = defaultdict(list)
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.originalname == test_within_budget.__name__:
             chosen[item.callspec.params["arch"]].append(item.callspec.params["specimen"])
     for arch, specimens in chosen.items():
-        prepare_cards(specimens, arch)
+        prepare_cards(specimens, arch, threads=min(2, os.cpu_count() or 1))
 
 
 @pytest.mark.usefixtures("prepared")

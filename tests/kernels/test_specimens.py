@@ -22,6 +22,8 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from qtrain.bench.aot import compile_options
+from qtrain.bench.cards_emulated import example_of
+from qtrain.bench.examples import Shape
 from qtrain.kernels import force_backend, linear_logprob, nf4_dequantize
 from qtrain.kernels.specimens import Specimen, all_specimens
 from tests.kernels.lora_cases import make_case, nf4_weight, run
@@ -154,6 +156,12 @@ def test_every_specimen_is_launched(launches: dict[str, list[Launch]]) -> None:
     seen = [launch for of_op in launches.values() for launch in of_op]
     never = [one.name for one in SPECIMENS if listed(one) not in seen]
     assert never == [], "\n".join(never)
+
+
+def test_every_specimen_has_an_example() -> None:
+    """The emulator runs those, for the cards and for the tests of the compiled code."""
+    shape = Shape(rows=3, outputs=64, inner=64)
+    assert [one.name for one in SPECIMENS if example_of(one, shape) is None] == []
 
 
 def test_names_are_unique() -> None:
