@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from qtrain.kernels.choice import HAS_TRITON
 
 from .measure import PeakMemory
 
@@ -20,8 +24,24 @@ FLUSH_LEAST = 64 << 20  # bytes
 
 OK = "ok"
 OUT_OF_MEMORY = "out of memory"
-# What libraries raise when they can't do a shape, a dtype or a device; torch.compile's errors are the first
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError)
+PEAKS = 3  # of resident memory: the allocator's habits differ from call to call
+# What libraries raise when they can't do a shape, a dtype or a device. Errors of torch.compile are of the
+# first kind, a C compiler's are of the last two.
+FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    AssertionError,
+    subprocess.SubprocessError,
+    OSError,
+)
+if HAS_TRITON:
+    from triton.errors import TritonError
+
+    FAILURES += (TritonError,)
 
 T = TypeVar("T")
 
@@ -80,7 +100,10 @@ class Cpu:
         return elapsed
 
     def peak_bytes(self, timed: Timed) -> int:
-        """Growth of the resident memory of the process at its highest."""
+        """Growth of the resident memory of the process at its highest; the median of a few."""
+        return int(median(self._added(timed) for _ in range(PEAKS)))
+
+    def _added(self, timed: Timed) -> int:
         prepared = timed.prepare()
         memory = PeakMemory(collect=False)  # tensors are freed when they are let go
         result = timed.run(prepared)

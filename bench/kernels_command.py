@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,9 @@ def kernels(
     from rich.console import Console
 
     say = Console(stderr=True, highlight=False)
+    for option, path in (("--out", out), ("--markdown", markdown)):
+        if path is not None and not path.parent.is_dir():
+            _refuse(say, f"{option} {path}: there is no folder {path.parent}")
     ops = _known(say, "--op", op, OPS)
     models = _known(say, "--model", model, MODELS)
     _known(say, "--dtype", [dtype], DTYPES)
@@ -158,12 +162,13 @@ def _run(chosen: Sequence[Case], bench: Bench, say: Console) -> list[dict[str, A
     from .kernel_run import run_case
 
     found: list[dict[str, Any]] = []
-    with say.status("") as status:
+    try:
         for number, case in enumerate(chosen, 1):
-            status.update(
-                f"{number}/{len(chosen)} {case.op} {case.model} {case.part} {case.base} M {case.rows}"
-            )
+            where = f"{case.op} {case.model} {case.part} {case.base} M {case.rows}"
+            say.print(f"{number}/{len(chosen)} {where}", markup=False)
             found += run_case(case, bench)
+    except KeyboardInterrupt:  # a whole suite takes hours: what is done is kept
+        say.print(f"interrupted: {len(chosen) - number + 1} of {len(chosen)} cases are missing", style="red")
     return found
 
 
@@ -173,7 +178,7 @@ def _show(found: Sequence[dict[str, Any]], bench: Bench, markdown: Path | None) 
     from .kernel_report import cells, columns, notes, sections, tables
     from .table import markdown_table, terminal_table
 
-    screen = Console(highlight=False)
+    screen = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, highlight=False)
     cache = "cold" if bench.plan.cold else "hot"
     about = f"ms: {bench.clock}, {cache} caches. MiB: added at the peak. LoRA: r {RANK}, dropout {DROPOUT_P}."
     screen.print(about, markup=False)

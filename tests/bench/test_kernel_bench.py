@@ -130,6 +130,7 @@ def test_what_a_cpu_can_not_hold_is_not_begun(tmp_path: Path, monkeypatch: pytes
         (["--op", "matmul"], "--op matmul: there is lora_linear, lora_linear_group"),
         (["--model", "70B"], "--model 70B: there is 0.5B, 1.5B, 7B"),
         (["--dtype", "int8"], "--dtype int8: there is bf16, fp16, fp32"),
+        (["--out", "/no/such/folder/x.json"], "--out /no/such/folder/x.json: there is no folder /no/such"),
         (["--variant", "megatron"], "--variant megatron: there is qtrain, qtrain (again)"),
     ],
 )
