@@ -58,7 +58,11 @@ def backends(device_type: str) -> list[BackendChoice]:
     """The choice for every op on `cpu` or `cuda`, for 16-bit weights whose shapes its kernels take."""
     if device_type == "cuda" and HAS_TRITON:
         return [
-            BackendChoice("linear_logprob", "triton", "16-bit tensor cores, logits never leave the chip"),
+            BackendChoice(
+                "linear_logprob",
+                "triton",
+                "16-bit tensor cores; logits stay on the chip, their exponentials in 64 MiB chunks",
+            ),
             BackendChoice(
                 "lora_linear", "triton", "low-rank term and NF4 decode inside of the base's matmul"
             ),
