@@ -14,7 +14,7 @@ from torch import Tensor
 from .nf4 import NF4Weight, dequantize
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-MASK_ELEMENTS = 1 << 19  # of a tile of rows: mask and masked rows stay in cache, products stay large
+MASK_ELEMENTS = 1 << 20  # of a tile of rows: mask and masked rows stay in cache, products stay large
 
 
 def down(x: Tensor, lora_As: Sequence[Tensor], dropout_p: float, seed: int) -> Tensor:
