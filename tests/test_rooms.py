@@ -116,6 +116,9 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
             inside = path.relative_to(ROOT / room)
-            if path.suffix in (".py", ".jsonl", ".j2", ".yaml", ".toml", ".typed") and "peers" not in inside.parts:
+            if (
+                path.suffix in (".py", ".jsonl", ".j2", ".yaml", ".toml", ".typed")
+                and "peers" not in inside.parts
+            ):
                 prefix = "qtrain" if room == "qtrain" else f"qtrain/{room}"
                 assert f"{prefix}/{inside}" in names, path
