@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from .cards import Card
 
+EMULATED_ARCH = 89
+
 
 def cards(
     arch: Annotated[
@@ -41,6 +43,9 @@ def cards(
     unknown = [one for one in arch or [] if one not in ARCHITECTURES]
     if unknown:
         say.print(f"--arch {unknown[0]}: there is {', '.join(map(str, ARCHITECTURES))}", style="red")
+        raise typer.Exit(2)
+    if emulate and EMULATED_ARCH not in (arch or ARCHITECTURES):
+        say.print(f"--emulate runs the code for sm_{EMULATED_ARCH}: add --arch {EMULATED_ARCH}", style="red")
         raise typer.Exit(2)
     try:
         require_triton()
@@ -90,10 +95,10 @@ def _make(
                     failures.append(str(error))
                     continue
                 if emulated:
-                    from .cards_emulated import ARCH, emulate
+                    from .cards_emulated import emulate
 
                     status.update(f"emulating {specimen.name}")
-                    card = replace(card, emulated=emulate(specimen) if arch == ARCH else None)
+                    card = replace(card, emulated=emulate(specimen) if arch == EMULATED_ARCH else None)
                 made.append(card)
     return made, failures
 

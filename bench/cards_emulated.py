@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Large enough that a GEMM has several tiles in each direction and a pipeline in its steady state
 SHAPE = Shape(rows=512, outputs=1024, inner=1024)
-ARCH = 89
 
 
 @dataclass(frozen=True, slots=True)

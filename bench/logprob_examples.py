@@ -216,7 +216,7 @@ def _finish(specimen: Specimen, inputs: _Inputs) -> Example:
         "tiles": inputs.tiles,
         "splits": 1,
     }
-    words = inputs.labels[:rows].unique().numel()  # rows of W, which labels may share
+    words = len(set(inputs.labels[:rows].tolist()))  # rows of W, which labels may share
     ideal = (rows + words) * inputs.hidden * inputs.h.element_size() + 3 * 4 * (inputs.tiles + 1) * rows
     ideal += (nbytes(weighted) + nbytes(results["u_ptr"])) * want_u
     return Example(specimen, (-(-rows // int(specimen.constexprs["BM"])),), arguments, expected, ideal)

@@ -16,10 +16,11 @@ pytest.importorskip("triton", reason="kernels are compiled by triton")
 
 import triton
 
+from qtrain.bench import cards
 from qtrain.bench.accesses import UNKNOWN
 from qtrain.bench.aot import NotCompiled, compile_options, compile_specimen
 from qtrain.bench.budget import budgets, violations
-from qtrain.bench.cards import Card, make_card
+from qtrain.bench.cards import Card, make_card, prepare_cards
 from qtrain.cli import app
 from qtrain.kernels import nf4_triton
 from qtrain.kernels import specimens as listing
@@ -84,6 +85,16 @@ def test_spilling_is_seen() -> None:
 def test_a_card_is_made_once() -> None:
     assert make_card(gemm(), 89) is make_card(gemm(), 89)
     assert make_card(gemm(), 89) is not make_card(gemm(budget="light"), 89)
+
+
+def test_cards_made_together_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [make_card(one, 89) for one in (gemm(), copy())]
+    monkeypatch.setattr(cards, "_CARDS", {})
+    prepare_cards([gemm(), copy(columns=24), copy()], 89, threads=2)
+    assert [card.specimen for card in cards._CARDS.values()] == [card.specimen for card in wanted]
+    assert [make_card(one, 89) for one in (gemm(), copy())] == wanted
+    with pytest.raises(NotCompiled):
+        make_card(copy(columns=24), 89)
 
 
 def test_whether_fma_is_allowed_is_always_said() -> None:
@@ -209,8 +220,8 @@ def test_emulated_figures_are_of_sm_89(listed: list[Specimen], tmp_path: Path) -
     )
     assert done.exit_code == 0, done.output
     assert "Executed by the emulator" in done.stdout
-    cards = json.loads((tmp_path / "cards.json").read_text())["cards"]
-    [seen] = [card["emulated"] for card in cards if card["emulated"]]
+    report = json.loads((tmp_path / "cards.json").read_text())
+    [seen] = [card["emulated"] for card in report["cards"] if card["emulated"]]
     assert seen["bound"] == "DRAM"
     assert seen["touched"] == pytest.approx(1, abs=0.001)  # 1024 x 1024 weights in whole sectors
 
@@ -228,6 +239,7 @@ def test_a_kernel_that_does_not_compile_is_exit_code_1(listed: list[Specimen]) -
     [
         (["--arch", "75"], "--arch 75: there is 80, 86, 89, 90, 120"),
         (["--only", "gemm"], "--only 'gemm' fits none"),
+        (["--arch", "80", "--emulate"], "--emulate runs the code for sm_89: add --arch 89"),
     ],
 )
 @pytest.mark.usefixtures("listed")
