@@ -25,6 +25,8 @@ GLOBAL_ACCESSES = ("LDGSTS", "LDG", "STG")
 INSTRUCTION_BYTES = 16
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);?")
+# how CUDA 12.8 shows an instruction's scheduling on sm_120: "&req={1} ?trans6"
+_SCHEDULING = re.compile(r"(?:^|\s)[&?]\w.*")
 _TARGET = re.compile(r"(?:^|[,\s])0x([0-9a-f]+)\s*$")
 _WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
@@ -152,7 +154,11 @@ def parse_resources(text: str) -> Resources:
 def parse_listing(text: str) -> list[Instruction]:
     """Of what nvdisasm prints."""
     matches = (_INSTRUCTION.match(line) for line in text.splitlines())
-    return [Instruction(match[3], match[4].strip(), match[2] or "") for match in matches if match]
+    return [
+        Instruction(match[3], _SCHEDULING.sub("", match[4]).strip(), match[2] or "")
+        for match in matches
+        if match
+    ]
 
 
 def count_sass(instructions: Sequence[Instruction], first: int = 0) -> Sass:

@@ -103,6 +103,12 @@ def test_targets_count_from_the_first_instruction_of_all() -> None:
     assert count_sass(parse_listing(moved), first=10) == sass_of(SASS)
 
 
+def test_scheduling_beside_the_operands_is_not_one() -> None:
+    marked = SASS.replace(" ;", "      &req={1,2} &wr=0x0 ?trans6")
+    assert parse_listing(marked.replace("?trans6", "?WAIT5_END_GROUP")) == parse_listing(SASS)
+    assert parse_listing(marked) == parse_listing(SASS)
+
+
 def test_convergence_barriers_are_followed() -> None:
     """BSYNC goes on where its BSSY says: here out of the loop, so that the loop ends with the branch."""
     text = """
