@@ -19,10 +19,10 @@ from .errors import ExportError
 from .lora import Adapter
 from .nf4_base import NF4Settings, nf4_modules, nf4_round_trip
 from .rounded import round_once
-from .tensors import TensorSpec, check_finite
+from .tensors import TensorSpec, all_finite, check_finite
 
 BaseWeights = Literal["original", "dequantized"]
-BLOCK = 2**21  # elements of a block of rows: 16 MiB in float64
+BLOCK = 2**19  # elements of a block of rows: 4 MiB in float64
 
 
 class MergedWeights:
@@ -133,7 +133,7 @@ class MergedWeights:
         return out
 
     def _check_range(self, name: str, block: Tensor) -> None:
-        if block.is_floating_point() and not bool(torch.isfinite(block).all()):
+        if block.is_floating_point() and not all_finite(block):
             raise ExportError(
                 f"{name}: merged values are beyond {str(block.dtype).removeprefix('torch.')}; "
                 "use --dtype bf16 or fp32"
