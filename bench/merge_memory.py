@@ -92,6 +92,7 @@ def merge_once(base: Path, adapter: Path, out: Path, kind: str, report: bool) ->
     """Merge in this process; its peak memory in MiB, before and after, and seconds."""
     import torch
     import transformers  # noqa: F401  (imported before the peak is looked at)
+
     from qtrain.export.checkpoint import Checkpoint
     from qtrain.export.lora import Adapter
     from qtrain.export.merge import merged_config, write_merged

@@ -10,8 +10,9 @@ import warnings
 import typer
 
 from qtrain.errors import QtrainError
+from qtrain.export.errors import ExportError, GateFailed
 
-from . import bench, chat, compare, data, env, evaluate, run, runs
+from . import bench, chat, compare, data, env, evaluate, export, run, runs
 from .terminal import print_error
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("chat")(chat.chat)
 app.command("env")(env.env)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+app.add_typer(export.app, name="export")
 
 
 @app.callback(invoke_without_command=True)
@@ -43,7 +45,12 @@ def _root(
         raise typer.Exit
 
 
-def main() -> None:
+def export_main() -> None:
+    """The console script `export`: `qtrain export` under a name that shells keep for a builtin of theirs."""
+    main(["export", *sys.argv[1:]])
+
+
+def main(words: list[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
     # Before torch is imported. OpenMP's threads spin for milliseconds while they wait: with any other process
     # on the same cores, a step takes five to thirty times as long (docs/lab-log.md).
@@ -56,8 +63,8 @@ def main() -> None:
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
     try:
-        app()
-    except QtrainError as error:
+        app(words)
+    except (QtrainError, ExportError, GateFailed) as error:
         print_error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:

@@ -14,8 +14,8 @@ def test_peak_memory_is_a_shards_not_the_models(tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in base.glob("*.safetensors")]
     found = measure(base, adapter, tmp_path / "out", "dequantized", report=False)
     assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) == sum(sizes)
-    # twice the largest shard, and what is allocated once: buffers of float64 products, threads, the allocator's
-    # slack (45 MB whatever the model's size)
+    # twice the largest shard, and what is allocated once: buffers of float64 products, threads, slack
+    # (45 MB whatever the model's size)
     bound = 2 * max(sizes) + 64e6
     assert found["peak"] - found["before"] < bound / 2**20
     assert bound < 0.75 * sum(sizes)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from qtrain.export.errors import ExportError
 from qtrain.export.tensors import TensorSpec, write_whole
 from qtrain.export.writer import CheckpointWriter, split
 from tests.export.folders import files_of, save_model
+from tests.small_disk import small_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,35 +174,26 @@ with CheckpointWriter(Path(sys.argv[1])) as writer:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB; skips where this user can't mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield place
-    for _ in range(50):
-        if subprocess.run(["umount", str(place)], check=False, capture_output=True).returncode == 0:
-            return
-        time.sleep(0.1)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as place:
+        yield place
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(disk: Path, tmp_path: Path) -> None:
     spec = TensorSpec("w", torch.float32, (2**19,))
     with (
         pytest.raises(
             ExportError, match=r"^disk full while writing the checkpoint to .*disk/out \(.* free\); free some"
         ),
-        CheckpointWriter(small_disk / "out") as writer,
+        CheckpointWriter(disk / "out") as writer,
     ):
         writer.write([spec], lambda _: (torch.ones(2**15) for _ in range(16)))
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
     big = tmp_path / "big.safetensors"
     write_whole(big, {"w": torch.ones(2**19)})
-    with pytest.raises(ExportError, match="disk full"), CheckpointWriter(small_disk / "out") as writer:
+    with pytest.raises(ExportError, match="disk full"), CheckpointWriter(disk / "out") as writer:
         writer.copy_shard(big)
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
 
 
 def test_room_is_asked_for_beforehand(tmp_path: Path) -> None:

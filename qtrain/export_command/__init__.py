@@ -1,0 +1,1 @@
+"""What `qtrain export` does around `qtrain.export`: runs, bases on the hub, held-out rows, manifests."""
