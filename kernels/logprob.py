@@ -55,7 +55,7 @@ def linear_logprob(
     number decides the size of the launches.
 
     Memory beyond inputs, outputs and u, T being the number of labelled rows:
-    PyTorch: tiles of 512 x 4096 logits. Triton: with t = min(T, 4096) rows at a time, 64 MiB for the
+    PyTorch: tiles of 1024 x 2048 logits. Triton: with t = min(T, 4096) rows at a time, 64 MiB for the
     tiles and t * (6 H + V / 21) bytes for u, hidden states that are gathered, and statistics. In the
     backward of a head that learns: 64 MiB, 2 T H bytes, and where T > 8192 once more 32 H KiB.
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .logprob_inputs import LogprobInputs
 
-# 512 x 4096 float32 logits are 8 MiB: they stay in a desktop CPU's last-level cache between the two
+# 1024 x 2048 float32 logits are 8 MiB: they stay in a desktop CPU's last-level cache between the two
 # GEMMs, and both GEMMs are large enough to run at full speed (docs/lab-log.md has the sweep).
-ROW_TILE = 512
-VOCAB_TILE = 4096
+ROW_TILE = 1024
+VOCAB_TILE = 2048
 
 
 def forward(
@@ -24,8 +24,9 @@ def forward(
     logp, lse = inputs.per_row(), inputs.per_row()
     entropy = inputs.per_row() if want_entropy else None
     u = inputs.gradient() if want_u else None
+    memory = _TileMemory(inputs)
     for tile in _row_tiles(inputs):
-        softmax = _Softmax(inputs, tile, want_u, want_entropy)
+        softmax = _Softmax(inputs, tile, memory, want_u, want_entropy)
         for words in _vocabulary(inputs):
             softmax.add(words)
         place = tile if inputs.complete else inputs.rows[tile]
@@ -48,13 +49,15 @@ def head_gradient(
     db = torch.zeros_like(bias) if bias is not None and want_bias else None
     tiles = [(tile, inputs.rows[tile]) for tile in _row_tiles(inputs)]
     low = inputs.hidden_tile(slice(None))  # [T, H]
+    memory = _TileMemory(inputs)
     for words in _vocabulary(inputs):
         dw_tile = low.new_zeros(weight[words].shape, dtype=inputs.dtype) if dw is not None else None
         db_tile = low.new_zeros(weight[words].shape[:1], dtype=inputs.dtype)
         for tile, rows in tiles:
-            dz = _logit_gradient(inputs, grad[rows], low[tile], inputs.labels[tile], lse[rows], words)
+            z = _logits(inputs, memory, low[tile], words)
+            dz = _logit_gradient(inputs, z, grad[rows], inputs.labels[tile], lse[rows], words)
             if dw_tile is not None:
-                dw_tile += dz.to(weight.dtype).T @ low[tile]
+                dw_tile += memory.low(dz).T @ low[tile]
             db_tile += dz.sum(dim=0)
         if dw is not None and dw_tile is not None:
             dw[words] = dw_tile.to(dw.dtype)
@@ -73,10 +76,36 @@ def _vocabulary(inputs: LogprobInputs) -> list[slice]:
     return [slice(first, min(first + VOCAB_TILE, size)) for first in range(0, size, VOCAB_TILE)]
 
 
-def _logits(inputs: LogprobInputs, h: Tensor, words: slice) -> Tensor:
+class _TileMemory:
+    """Memory for one tile of logits, used again for every tile: fresh memory costs a page fault for 4 KiB."""
+
+    def __init__(self, inputs: LogprobInputs) -> None:
+        weight = inputs.weight
+        size = min(ROW_TILE, inputs.rows.numel()) * min(VOCAB_TILE, weight.shape[0])
+        self._low = weight.new_empty(size)
+        same = weight.dtype == inputs.dtype
+        self._high = self._low if same else weight.new_empty(size, dtype=inputs.dtype)
+
+    def product(self, h: Tensor, w: Tensor) -> Tensor:
+        """h W^T [t, v] in the dtype of logits; overwrites the last one."""
+        shape = (h.shape[0], w.shape[0])
+        low = self._low[: shape[0] * shape[1]].view(shape)
+        torch.mm(h, w.T, out=low)
+        if self._high is self._low:
+            return low
+        return self._high[: shape[0] * shape[1]].view(shape).copy_(low)
+
+    def low(self, tile: Tensor) -> Tensor:
+        """A tile that came from `product`, in the dtype of the weight."""
+        if self._high is self._low:
+            return tile
+        return self._low[: tile.numel()].view(tile.shape).copy_(tile)
+
+
+def _logits(inputs: LogprobInputs, memory: _TileMemory, h: Tensor, words: slice) -> Tensor:
     """Logits of some words, [t, v]."""
     bias = None if inputs.bias is None else inputs.bias[words]
-    return _finish_logits(inputs, (h @ inputs.weight[words].T).to(inputs.dtype), bias)
+    return _finish_logits(inputs, memory.product(h, inputs.weight[words]), bias)
 
 
 def _finish_logits(inputs: LogprobInputs, z: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,8 +145,10 @@ class _Softmax:
     out of its tile: p_y comes from the exact logit even where the tiles are rounded to bf16.
     """
 
-    def __init__(self, inputs: LogprobInputs, tile: slice, want_u: bool, want_entropy: bool) -> None:
-        self.inputs, self.labels = inputs, inputs.labels[tile]
+    def __init__(
+        self, inputs: LogprobInputs, tile: slice, memory: _TileMemory, want_u: bool, want_entropy: bool
+    ) -> None:
+        self.inputs, self.memory, self.labels = inputs, memory, inputs.labels[tile]
         self.h = inputs.hidden_tile(tile)
         w_label = inputs.weight.index_select(0, self.labels).to(inputs.dtype)  # [t, H]
         bias = None if inputs.bias is None else inputs.bias.index_select(0, self.labels)
@@ -132,7 +163,7 @@ class _Softmax:
 
     def add(self, words: slice) -> None:
         """Take one tile of the vocabulary in."""
-        z = _logits(self.inputs, self.h, words)  # [t, v]
+        z = _logits(self.inputs, self.memory, self.h, words)  # [t, v]
         z[_labels_inside(self.labels, words)] = -torch.inf
         m = torch.maximum(self.m, z.amax(dim=1))
         rescale = torch.exp(self.m - _finite(m))  # [t]
@@ -147,7 +178,11 @@ class _Softmax:
                 p.mul_(slope.nan_to_num_())  # the label's -inf has no slope here
             w = self.inputs.weight[words]
             self.weighted.mul_(rescale.unsqueeze(1))
-            self.weighted += p.to(w.dtype) @ w
+            low = self.memory.low(p)
+            if w.dtype == self.weighted.dtype:
+                self.weighted.addmm_(low, w)
+            else:
+                self.weighted += low @ w
 
     def u(self) -> Tensor:
         """dlogp/dh = scale * (slope_y W_y - sum_v p_v slope_v W_v)."""
@@ -157,10 +192,9 @@ class _Softmax:
 
 
 def _logit_gradient(
-    inputs: LogprobInputs, grad: Tensor, h: Tensor, labels: Tensor, lse: Tensor, words: slice
+    inputs: LogprobInputs, z: Tensor, grad: Tensor, labels: Tensor, lse: Tensor, words: slice
 ) -> Tensor:
-    """g * (onehot - p) * slope * scale for one tile, [t, v]."""
-    z = _logits(inputs, h, words)
+    """g * (onehot - p) * slope * scale for one tile z of logits, in place, [t, v]."""
     slope = _slope(inputs, z)
     dz = z.sub_(_finite(lse).unsqueeze(1)).exp_().neg_()
     dz[_labels_inside(labels, words)] += 1
