@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,26 @@ class Checkpoint:
         """Bytes of all weights."""
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @cached_property
+    def ties_embeddings(self) -> bool:
+        """Whether readers use the embedding as output head, whatever head is stored.
+
+        config.json leaves out what is the architecture's default, which transformers knows.
+        """
+        said = self.config.get("tie_word_embeddings")
+        if said is not None:
+            return bool(said)
+        from transformers import AutoConfig
+
+        try:
+            return bool(AutoConfig.for_model(self.config.get("model_type", "")).tie_word_embeddings)
+        except ValueError:  # an architecture that transformers has not
+            return HEAD not in self.specs
+
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding: said by the config, and no head is stored apart."""
-        # transformers' default, which config.json leaves out
-        return bool(self.config.get("tie_word_embeddings", True)) and HEAD not in self.specs
+        """Whether the output head is the embedding, and no head is stored apart."""
+        return self.ties_embeddings and HEAD not in self.specs
 
     def names_in(self, file: str) -> list[str]:
         """The tensors of one weight file."""
@@ -139,18 +155,15 @@ class Checkpoint:
     def _check_head(self) -> None:
         if HEAD in self.specs or EMBEDDING not in self.specs:
             return
-        if not self.config.get("tie_word_embeddings", True):
+        if not self.ties_embeddings:
             raise ExportError(
-                f"{self.folder} has no {HEAD}, and config.json says that it is not tied to the embedding; "
+                f"{self.folder} has no {HEAD}, and by config.json it is not tied to the embedding; "
                 "get the model again"
             )
 
     def check_tied_head(self) -> str | None:
-        """A note where config.json ties the head to the embedding and the files hold another head.
-
-        Readers follow config.json, so that such a head is never used.
-        """
-        if HEAD not in self.specs or not self.config.get("tie_word_embeddings", True):
+        """A note where the head is tied to the embedding and the files hold another head, never used."""
+        if HEAD not in self.specs or not self.ties_embeddings:
             return None
         pair = self.load([HEAD, EMBEDDING])
         if torch.equal(pair[HEAD], pair[EMBEDDING]):

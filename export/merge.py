@@ -73,7 +73,7 @@ def check_tied(weights: MergedWeights) -> dict[str, Any]:
         ExportError: the adapter changes one end of the tie.
     """
     checkpoint = weights.checkpoint
-    tied = bool(checkpoint.config.get("tie_word_embeddings", True))
+    tied = checkpoint.ties_embeddings
     ends = [name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in checkpoint.specs]
     changed = [
         name for name in ends if weights.adapter is not None and _module_of(name) in weights.adapter.shapes

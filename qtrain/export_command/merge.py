@@ -12,11 +12,12 @@ from rich.table import Table
 from qtrain.errors import UserError
 from qtrain.export.checkpoint import Checkpoint
 from qtrain.export.disk import check_room, free_bytes, parse_size, size_text
+from qtrain.export.errors import ExportError
 from qtrain.export.lora import Adapter
 from qtrain.export.merge import check_tied, merged_bytes, merged_config, parse_dtype, write_merged
 from qtrain.export.merge_report import merge_report
 from qtrain.export.merged_weights import BaseWeights, MergedWeights
-from qtrain.export.nf4_base import NF4Settings
+from qtrain.export.nf4_base import NF4Settings, empty_model
 from qtrain.export.writer import CheckpointWriter, check_free
 from qtrain.runs.manifest import provenance
 
@@ -68,6 +69,8 @@ def export_merge(name: str, options: MergeOptions, console: Console) -> Path | N
         _show_plan(source, weights, out, shard, console)
         return None
     windows = held_out_windows(source, options.data, options.rows, options.tokens)
+    if windows.ids:
+        _check_measurable(source)
     with CheckpointWriter(out, max_shard_bytes=shard, force=options.force) as writer:
         with shard_progress(console, merged_bytes(weights)) as advance:
             write_merged(writer, weights, advance)
@@ -112,6 +115,14 @@ def merged_weights(source: Source, base: BaseWeights, dtype: str) -> MergedWeigh
         )
     adapter = None if source.adapter is None else Adapter.open(source.adapter)
     return MergedWeights(Checkpoint.open(source.base), adapter, base=base, nf4=nf4, dtype=parse_dtype(dtype))
+
+
+def _check_measurable(source: Source) -> None:
+    """An architecture whose logits can't be computed is told of before anything is written."""
+    try:
+        empty_model(source.base)
+    except ExportError as error:
+        raise ExportError(f"{error}; --rows 0 merges without measuring") from error
 
 
 def _report(

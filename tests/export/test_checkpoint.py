@@ -84,7 +84,7 @@ def test_other_kinds_of_folder(tmp_path: Path) -> None:
 def test_heads_and_embeddings(tmp_path: Path) -> None:
     embedding = torch.randn(5, 4)
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    with pytest.raises(ExportError, match=r"has no lm_head.weight, and config.json says that it is not tied"):
+    with pytest.raises(ExportError, match=r"has no lm_head.weight, and by config.json it is not tied"):
         Checkpoint.open(one_file(tmp_path / "a", {names[0]: embedding}, tie_word_embeddings=False))
     tied = Checkpoint.open(one_file(tmp_path / "b", {names[0]: embedding}, tie_word_embeddings=True))
     assert tied.tied
@@ -92,5 +92,15 @@ def test_heads_and_embeddings(tmp_path: Path) -> None:
     both = dict.fromkeys(names, embedding)
     save = one_file(tmp_path / "c", {name: t.clone() for name, t in both.items()}, tie_word_embeddings=True)
     assert Checkpoint.open(save).check_tied_head() is None
-    save_file({names[0]: embedding, names[1]: embedding + 1}, save / "model.safetensors")
+    save_file({names[0]: embedding, names[1]: embedding + 1}, save / "model.safetensors", {"format": "pt"})
     assert "differs from the embedding" in str(Checkpoint.open(save).check_tied_head())
+
+
+@pytest.mark.parametrize(("model_type", "ties"), [("llama", False), ("qwen2", False), ("gemma2", True)])
+def test_a_config_that_leaves_the_tie_to_the_architectures_default(
+    model_type: str, ties: bool, tmp_path: Path
+) -> None:
+    tensors = {name: torch.randn(5, 4) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    folder = one_file(tmp_path, tensors, model_type=model_type)
+    assert Checkpoint.open(folder).ties_embeddings == ties
+    assert (Checkpoint.open(folder).check_tied_head() is None) == (not ties)

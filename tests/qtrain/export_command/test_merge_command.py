@@ -257,6 +257,19 @@ def test_nan_weights(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_an_architecture_that_transformers_has_not(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mystery9"}))
+    words = (base, "--adapter", world / "plain" / "adapter", "--out", tmp_path / "out")
+    line = _refused(capsys, *words, "--base", "dequantized")
+    assert "transformers can't build this architecture" in line
+    assert "mystery9" in line
+    assert _export(capsys, *words)[0] == 0  # merging needs names and shapes alone
+
+
 def test_corrupt_safetensors(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = shutil.copytree(world / "base", tmp_path / "base")
     weights = base / "model.safetensors"
