@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cpu_matmul import product_with
 from .logprob_inputs import LogprobInputs
 
 # 1024 x 2048 float32 logits are 8 MiB: they stay in a desktop CPU's last-level cache between the two
@@ -83,11 +84,15 @@ class _TileMemory:
         weight = inputs.weight
         size = min(ROW_TILE, inputs.rows.numel()) * min(VOCAB_TILE, weight.shape[0])
         self._low = weight.new_empty(size)
+        if weight.dtype == torch.float32:
+            size = 0  # oneDNN brings its own
         same = weight.dtype == inputs.dtype
         self._high = self._low if same else weight.new_empty(size, dtype=inputs.dtype)
 
     def product(self, h: Tensor, w: Tensor) -> Tensor:
         """h W^T [t, v] in the dtype of logits; overwrites the last one."""
+        if h.dtype == torch.float32:
+            return product_with(h, w)
         shape = (h.shape[0], w.shape[0])
         low = self._low[: shape[0] * shape[1]].view(shape)
         torch.mm(h, w.T, out=low)
@@ -179,10 +184,7 @@ class _Softmax:
             w = self.inputs.weight[words]
             self.weighted.mul_(rescale.unsqueeze(1))
             low = self.memory.low(p)
-            if w.dtype == self.weighted.dtype:
-                self.weighted.addmm_(low, w)
-            else:
-                self.weighted += low @ w
+            self.weighted += product_with(low, w.T)
 
     def u(self) -> Tensor:
         """dlogp/dh = scale * (slope_y W_y - sum_v p_v slope_v W_v)."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .cpu_matmul import product_with
 from .nf4 import NF4Weight, dequantize
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,7 +33,7 @@ def forward(
     x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, xa: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """x W^T + bias + scaling * xa B^T, [M, N]."""
-    y = torch.nn.functional.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    y = product_with(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     return y.addmm_(xa, _scaled(lora_B, scaling, x.dtype).T)
 
 
@@ -135,7 +136,7 @@ def _add_masked(total: Tensor, x: Tensor, keep: Tensor) -> None:
 
 
 def _base_grad(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4Weight]) -> Tensor:
-    dx = dys[0] @ _dense(weights[0], dys[0].dtype)
+    dx = product_with(dys[0], _dense(weights[0], dys[0].dtype).T)
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, _dense(weight, dy.dtype))
     return dx
