@@ -25,7 +25,7 @@ def _onednn_serves(a: Tensor, w: Tensor) -> bool:
         and a.is_cpu
         and a.is_contiguous()
         and a.numel() * w.shape[0] >= SMALLEST
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
