@@ -1,0 +1,46 @@
+"""Rounding with feedback: GPTQ, as Babai's nearest plane on the factor of H (see curvature.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, nearest
+
+BLOCK = 64  # places whose feedback goes column by column; that of all others comes by one product
+
+
+def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+    """q that minimises tr E H' E^T greedily, column by column from the last place to the first.
+
+        u[k] = w[k] - (sum over l > k of R[k, l] e[l]) / R[k, k]      q[k] = nearest(u[k])
+
+    Args:
+        weight: [K, N] float32 in places.
+        factor: R, [K, K].
+        grid: in places.
+
+    Returns:
+        [K, N] float32, integers 0 .. top.
+    """
+    width = weight.shape[0]
+    groups = grid.groups.tolist()
+    pivots = factor.diagonal()
+    error = torch.zeros_like(weight)
+    q = torch.empty_like(weight)
+    for last in range(width, 0, -BLOCK):
+        first = max(0, last - BLOCK)
+        block = slice(first, last)
+        rows = factor[block] / pivots[block, None]
+        wanted = weight[block] - rows[:, last:] @ error[last:]
+        within, done = rows[:, block], error[block]
+        for place in range(last - first - 1, -1, -1):
+            group = groups[first + place]
+            scales, zeros = grid.scales[group], grid.zeros[group]
+            target = wanted[place]
+            if place + 1 < last - first:
+                target = target - within[place, place + 1 :] @ done[place + 1 :]
+            chosen = nearest(target, scales, zeros, grid.top)
+            q[first + place] = chosen
+            torch.sub((chosen - zeros).mul_(scales), weight[first + place], out=done[place])
+    return q

@@ -1,0 +1,95 @@
+"""Better integers and scales after rounding, on the whole quadratic form: neither step can raise it.
+
+Both are exact minimisations: of the scales with the integers held, and of one column's integers with all else
+held. Rounding with feedback leaves something to both, as it never looks back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .feedback import BLOCK
+from .grid import Grid, nearest
+
+RIDGE = 1e-6  # towards the old scales, relative to the mean diagonal: groups that no input reaches keep them
+
+
+def output_error(weight: Tensor, what: Tensor, gram: Tensor) -> Tensor:
+    """[N] e H' e^T for each row of W: weight and what [K, N]."""
+    error = what - weight
+    return (gram @ error).mul_(error).sum(0)
+
+
+def least_squares_scales(weight: Tensor, q: Tensor, gram: Tensor, grid: Grid) -> Grid:
+    """argmin over scales of tr E H' E^T, all groups of a row together: a G x G system for each row.
+
+    Args:
+        weight, q: [K, N] in places.
+        gram: H', [K, K].
+    """
+    count, rows = grid.scales.shape
+    steps = q - grid.zeros[grid.groups]  # [K, N]
+    by_group = torch.argsort(grid.groups, stable=True)
+
+    def sum_by_group(values: Tensor) -> Tensor:  # [K, N] -> [N, G]
+        return values[by_group].view(count, -1, rows).sum(1).t()
+
+    system = torch.empty(rows, count, count, device=weight.device)
+    for group, members in enumerate(by_group.view(count, -1)):
+        system[:, :, group] = sum_by_group((gram[:, members] @ steps[members]).mul_(steps))
+    right = sum_by_group((gram @ weight).mul_(steps))
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    ridge = (RIDGE * diagonal.mean(1, keepdim=True)).clamp_(min=torch.finfo(torch.float32).tiny)
+    right = right + ridge * grid.scales.t()
+    diagonal.add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    found = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]  # [N, G]
+    sound = (failed == 0)[:, None] & torch.isfinite(found)
+    new = grid.with_scales(torch.where(sound, found, grid.scales.t()).t().contiguous())
+    # rounding to float16, or a system at the edge, can have made a row worse: it keeps its old scales
+    better = _objective(system, right, new.scales) <= _objective(system, right, grid.scales)
+    return grid.with_scales(torch.where(better, new.scales, grid.scales))
+
+
+def _objective(system: Tensor, right: Tensor, scales: Tensor) -> Tensor:
+    """[N] s A s - 2 b s, what a row's error depends on its scales by: [G, N]."""
+    s = scales.t()[:, :, None]  # [N, G, 1]
+    return ((system @ s - 2 * right[:, :, None]) * s).sum((1, 2))
+
+
+def descend(weight: Tensor, q: Tensor, gram: Tensor, grid: Grid) -> Tensor:
+    """One sweep of coordinate descent: each column's integers are the best with all others held.
+
+        q[k] = nearest(what[k] - (H' e)[k] / H'[k, k]),  from the first place to the last
+
+    Args:
+        weight, q: [K, N] in places.
+        gram: H', [K, K].
+
+    Returns:
+        [K, N] float32, integers.
+    """
+    width = weight.shape[0]
+    groups = grid.groups.tolist()
+    pivots = gram.diagonal()
+    q = q.clone()
+    what = grid.dequantize(q)
+    error = what - weight
+    for first in range(0, width, BLOCK):
+        block = slice(first, min(first + BLOCK, width))
+        rows = gram[block] / pivots[block, None]
+        wanted = what[block] - rows @ error
+        within = rows[:, block]
+        moved = torch.empty_like(wanted)
+        for place in range(wanted.shape[0]):
+            group = groups[first + place]
+            scales, zeros = grid.scales[group], grid.zeros[group]
+            target = wanted[place]
+            if place:
+                target = target - within[place, :place] @ moved[:place]
+            chosen = nearest(target, scales, zeros, grid.top)
+            q[first + place] = chosen
+            torch.sub((chosen - zeros).mul_(scales), what[first + place], out=moved[place])
+        error[block] += moved
+    return q
