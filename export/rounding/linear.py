@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..formats.quantized import QuantizedLinear
 from ..formats.scheme import Scheme
 from .curvature import Curvature
 from .feedback import round_with_feedback
-from .grid import Grid, nearest, search_grid
+from .grid import nearest, search_grid
 from .refine import descend, least_squares_scales, output_error
 
 Rounding = Literal["nearest", "gptq"]
@@ -33,57 +34,76 @@ class Rounded:
     error: float
 
 
-def round_linear(
-    weight: Tensor,
+def round_linear(weight: Tensor, curvature: Curvature, scheme: Scheme, **options: Any) -> Rounded:
+    """`round_linears` of one weight."""
+    return round_linears([weight], curvature, scheme, **options)[0]
+
+
+def round_linears(
+    weights: Sequence[Tensor],
     curvature: Curvature,
     scheme: Scheme,
     *,
     rounding: Rounding = "gptq",
     refine: int = 2,
     lowest_zero: int = 0,
-    name: str = "",
-) -> Rounded:
-    """Quantise W [N, K] for inputs with a curvature.
+    names: Sequence[str] = (),
+) -> list[Rounded]:
+    """Quantise weights [N, K] of layers that read the same inputs.
 
     Args:
-        weight: any float dtype.
+        weights: any float dtype.
         curvature: of the inputs, ordered `full` where scheme.desc_act.
         scheme: bits, group size, symmetry, order; the group size divides K.
         rounding: `nearest` chooses scales by the curvature, then the nearest values.
         refine: rounds of least-squares scales and coordinate descent after rounding with feedback.
         lowest_zero: of asymmetric zeros; GPTQ's readers disagree on 0.
-        name: of the module, for errors.
+        names: of the modules, for errors.
 
     Raises:
-        ExportError: the weight is not finite, or needs scales beyond float16.
+        ExportError: a weight is not finite, or needs scales beyond float16.
     """
-    rows = [
-        _round_rows(part, curvature, scheme, rounding, refine, lowest_zero) for part in weight.split(ROWS)
-    ]
-    scales = torch.cat([part.grid.scales for part in rows], dim=1).t()
-    if not bool(torch.isfinite(scales).all()):
-        raise ExportError(f"{name}: its weights are NaN, infinite, or need scales beyond float16")
-    zeros = None
-    if not scheme.symmetric:
-        zeros = torch.cat([part.grid.zeros for part in rows], dim=1).t().contiguous().to(torch.uint8)
-    linear = QuantizedLinear(
-        q=torch.cat([part.q for part in rows]),
-        scales=scales.contiguous().to(torch.float16),
-        zeros=zeros,
-        g_idx=_g_idx(curvature, scheme),
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-    )
-    whole = sum(part.whole for part in rows)
-    return Rounded(linear, sum(part.error for part in rows) / whole if whole else 0.0)
+    sizes = [weight.shape[0] for weight in weights]
+    if sum(sizes) > ROWS or len(weights) == 1:
+        groups = [[weight] for weight in weights]
+    else:
+        groups = [list(weights)]  # rows do not depend on each other, and few at a time cost as much as many
+    rows = []
+    for group in groups:
+        for part in (torch.cat(group) if len(group) > 1 else group[0]).split(ROWS):
+            rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero))
+    whole = _Rows(*(torch.cat(parts) for parts in zip(*map(_fields, rows), strict=True)))
+    g_idx = _g_idx(curvature, scheme)
+    found = []
+    for index, parts in enumerate(zip(*(field.split(sizes) for field in _fields(whole)), strict=True)):
+        part = _Rows(*parts)
+        if not bool(torch.isfinite(part.scales).all()):
+            name = names[index] if names else "a weight"
+            raise ExportError(f"{name}: its weights are NaN, infinite, or need scales beyond float16")
+        linear = QuantizedLinear(
+            q=part.q.clone(),
+            scales=part.scales.to(torch.float16),
+            zeros=None if scheme.symmetric else part.zeros.to(torch.uint8),
+            g_idx=g_idx,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+        )
+        energy = float(part.energy.sum())
+        found.append(Rounded(linear, float(part.error.sum()) / energy if energy else 0.0))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     q: Tensor  # [n, K] uint8, columns as they stand in the model
-    grid: Grid
-    error: float
-    whole: float
+    scales: Tensor  # [n, G] float32
+    zeros: Tensor  # [n, G] float32
+    error: Tensor  # [n] e H' e^T
+    energy: Tensor  # [n] w H' w^T
+
+
+def _fields(rows: _Rows) -> tuple[Tensor, ...]:
+    return rows.q, rows.scales, rows.zeros, rows.error, rows.energy
 
 
 def _round_rows(
@@ -99,11 +119,15 @@ def _round_rows(
         for _ in range(refine):
             grid = least_squares_scales(placed, q, curvature.gram, grid)
             q = descend(placed, q, curvature.gram, grid)
-    error = output_error(placed, grid.dequantize(q), curvature.gram)
-    whole = output_error(placed, torch.zeros_like(placed), curvature.gram)
     in_model = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     in_model[:, curvature.columns] = q.t().to(torch.uint8)
-    return _Rows(in_model, grid, float(error.sum()), float(whole.sum()))
+    return _Rows(
+        in_model,
+        grid.scales.t().contiguous(),
+        grid.zeros.t().contiguous(),
+        output_error(placed, grid.dequantize(q), curvature.gram),
+        output_error(placed, torch.zeros_like(placed), curvature.gram),
+    )
 
 
 def _groups(curvature: Curvature, scheme: Scheme) -> Tensor:
