@@ -1,0 +1,195 @@
+"""One decoder layer at work: its weights in memory, calibration states streamed through it.
+
+A stage's inputs are those of the layer with all earlier stages quantised already (true-sequential). Where
+one chunk holds all windows, the layer runs once: each stage is quantised in the middle of its forward.
+Several chunks run up to the stage, one after the other, and again for the next; what a finished child of the
+layer gave out (the attention) is kept and not computed twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .chunks import Chunks
+from .rounding.gram import GramSum
+from .structure import Stage
+
+OnStage = Callable[[Stage, GramSum], None]
+
+
+class Source(Protocol):
+    """Where weights come from: a Checkpoint, or MergedWeights."""
+
+    def load(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors by full name."""
+        ...
+
+
+def fill(module: nn.Module, prefix: str, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a module's parameters, on `meta` before, in memory."""
+    names = [name for name, _ in module.named_parameters()]
+    loaded = source.load([f"{prefix}.{name}" for name in names])
+    for name in names:
+        set_parameter(module, name, loaded.pop(f"{prefix}.{name}").to(device, dtype))
+
+
+def empty(module: nn.Module) -> None:
+    """Put a module's parameters back to `meta`."""
+    for name, parameter in list(module.named_parameters()):
+        set_parameter(module, name, parameter.detach().to("meta"))
+
+
+def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
+    """Replace a parameter, of whatever dtype and device."""
+    place, _, parameter = name.rpartition(".")
+    module.get_submodule(place)._parameters[parameter] = nn.Parameter(values, requires_grad=False)
+
+
+@torch.no_grad()
+def run_layer(
+    layer: nn.Module,
+    call: dict[str, Any],
+    states: Chunks,
+    out: Chunks,
+    stages: Sequence[Stage],
+    on_stage: OnStage,
+    kept: Callable[[], Chunks],
+) -> None:
+    """Send all chunks through a layer and quantise it on the way.
+
+    Args:
+        layer: its parameters in memory.
+        call: its keyword arguments.
+        states, out: hidden states before and after; `out` is appended to.
+        stages: in the order of running.
+        on_stage: called with each stage and the sums over its inputs; it changes the layer's weights.
+        kept: makes an empty store for what a child of the layer gave out.
+    """
+    if len(states) == 1:
+        _run_once(layer, call, states, out, stages, on_stage)
+        return
+    memory = _Children(layer, kept)
+    for stage in stages:
+        memory.enter(stage.container)
+        sums = None
+        for index in range(len(states)):
+            inputs = memory.run_until(stage, states[index], call, index)
+            sums = sums or _sums_for(inputs)
+            sums.add(inputs)
+        if sums is not None:
+            on_stage(stage, sums)
+    memory.enter(None)
+    for index in range(len(states)):
+        out.append(memory.run(states[index], call, index))
+    memory.clear()
+
+
+def _run_once(
+    layer: nn.Module,
+    call: dict[str, Any],
+    states: Chunks,
+    out: Chunks,
+    stages: Sequence[Stage],
+    on_stage: OnStage,
+) -> None:
+    def reached(stage: Stage) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums = _sums_for(inputs[0])
+            sums.add(inputs[0])
+            on_stage(stage, sums)
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for stage in stages:
+            first = layer.get_submodule(stage.linears[0])
+            hooks.callback(first.register_forward_pre_hook(reached(stage)).remove)
+        out.append(_states(layer(states[0], **call)))
+
+
+def _sums_for(inputs: Tensor) -> GramSum:
+    return GramSum(inputs.shape[-1], device=inputs.device)
+
+
+def _states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Reached(Exception):
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+
+
+class _Children:
+    """Runs a layer whose finished children give what they gave before."""
+
+    def __init__(self, layer: nn.Module, kept: Callable[[], Chunks]) -> None:
+        self._layer = layer
+        self._kept = kept
+        self._current: str | None = None
+        self._fresh: str | None = None  # finished, its output not kept yet
+        self._outputs: dict[str, Chunks] = {}
+        self._others: dict[str, tuple[Any, ...] | None] = {}  # what a child's tuple holds besides its output
+
+    def enter(self, container: str | None) -> None:
+        """Say which child is worked at; the one before is finished."""
+        if self._fresh is not None and len(self._outputs[self._fresh]):
+            self._fresh = None
+        if container != self._current and self._current is not None and container is not None:
+            self._fresh = self._current
+            self._outputs[self._fresh] = self._kept()
+        self._current = container
+
+    def run_until(self, stage: Stage, states: Tensor, call: dict[str, Any], index: int) -> Tensor:
+        """The input of a stage's linear modules."""
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        handle = self._layer.get_submodule(stage.linears[0]).register_forward_pre_hook(stop)
+        try:
+            self.run(states, call, index)
+        except _Reached as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{stage.linears[0]} was not reached")
+
+    def run(self, states: Tensor, call: dict[str, Any], index: int) -> Tensor:
+        """The layer's output."""
+        with contextlib.ExitStack() as restore:
+            for name, outputs in self._outputs.items():
+                child = self._layer.get_submodule(name)
+                if name == self._fresh:
+                    restore.callback(child.register_forward_hook(self._keeper(name)).remove)
+                else:
+                    others = self._others[name]
+                    answer = outputs[index] if others is None else (outputs[index], *others)
+                    restore.enter_context(_answers(child, answer))
+            return _states(self._layer(states, **call))
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        for outputs in self._outputs.values():
+            outputs.clear()
+
+    def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            self._outputs[name].append(_states(output))
+            self._others[name] = output[1:] if isinstance(output, tuple) else None
+
+        return keep
+
+
+@contextlib.contextmanager
+def _answers(child: nn.Module, answer: Any) -> Iterator[None]:
+    child.forward = lambda *_, **__: answer
+    try:
+        yield
+    finally:
+        del child.forward

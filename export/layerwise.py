@@ -1,0 +1,250 @@
+"""A model quantised one decoder layer at a time: what is in memory does not grow with its depth.
+
+Each layer is calibrated on what the layers before it give once they are quantised. After a layer its packed
+tensors and the hidden states behind it are in the journal, so that a killed export goes on from there and
+ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import EMBEDDING
+from .chunks import Chunks
+from .formats.quantized import QuantizedLinear
+from .formats.scheme import Scheme
+from .journal import Journal
+from .layer import empty, fill, run_layer
+from .merged_weights import MergedWeights
+from .quantize_stage import StageSettings, quantize_stage
+from .rounding.gram import GramSum
+from .structure import Stage, Structure, layer_calls
+
+Pack = Callable[[QuantizedLinear, str], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A module that is done.
+
+    Attributes:
+        layer, layers: its decoder layer, of how many.
+        module: full name.
+        error: the relative squared error of its output on the calibration tokens; None where it stays in 16
+            bits.
+        seconds: since the module before.
+        note: what a user should know of.
+    """
+
+    layer: int
+    layers: int
+    module: str
+    error: float | None
+    seconds: float
+    note: str | None = None
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and in which memory a model is quantised.
+
+    Attributes:
+        device: of the layer that is worked at.
+        dtype: of its weights and activations; sums and rounding are float32 always.
+        activation_bytes: of the tokens that go through a layer at once, about.
+        states_bytes: of hidden states, above which they lie in a file beside the export.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    activation_bytes: int = 2**30
+    states_bytes: int = 2**31
+
+    def windows_at_once(self, structure: Structure, length: int) -> int:
+        """Windows of a chunk."""
+        per_token = bytes_per_token(structure, self.dtype)
+        return max(1, self.activation_bytes // (length * per_token))
+
+
+def bytes_per_token(structure: Structure, dtype: torch.dtype) -> int:
+    """What a layer's forward and the sums over its inputs hold for each token, at most, about."""
+    widths = [(linear.in_features, linear.out_features) for linear in _first_linears(structure)]
+    widest_in, widest_out = (max(sizes) for sizes in zip(*widths, strict=True))
+    return dtype.itemsize * (4 * structure.model.config.hidden_size + 3 * widest_out) + 4 * widest_in
+
+
+def _first_linears(structure: Structure) -> list[Any]:
+    layer = structure.layer(0)
+    return [layer.get_submodule(name) for stage in structure.stages for name in stage.linears]
+
+
+def quantize_layers(
+    structure: Structure,
+    source: MergedWeights,
+    windows: Tensor,
+    schemes: Mapping[str, Scheme | None],
+    settings: StageSettings,
+    pack: Pack,
+    journal: Journal,
+    compute: Compute,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Quantise every decoder layer into the journal's entries `layer-<i>`.
+
+    An entry's tensors are the packed ones of each quantised module, and those others of the layer that
+    folding scales has changed; its notes are the modules' errors.
+
+    Args:
+        windows: calibration, [n, T] int64.
+        schemes: of each linear module by its full name; None leaves it in 16 bits.
+        pack: from a format.
+        journal: whose key covers all of these arguments.
+
+    Raises:
+        ExportError: names the module that can't be quantised.
+    """
+    length = windows.shape[1]
+    blank = torch.zeros(1, length, structure.model.config.hidden_size, dtype=compute.dtype)
+    calls = layer_calls(structure.model, structure.layers, blank)
+    spilled = windows.numel() * structure.model.config.hidden_size * compute.dtype.itemsize
+    stores = _Stores(journal.folder / "spilled" if spilled > compute.states_bytes else None, compute.device)
+    begun, states = _resume(journal, stores, structure.count)
+    if states is None:
+        states = _embed(source, structure, windows, compute, stores)
+    for index in range(begun, structure.count):
+        layer = structure.layer(index)
+        fill(layer, f"{structure.layers}.{index}", source, dtype=compute.dtype, device=compute.device)
+        work = _Layer(structure, index, schemes, settings, pack, compute, progress)
+        after = stores.new()
+        run_layer(
+            layer, _on(calls[index], compute.device), states, after, structure.stages, work.stage, stores.new
+        )
+        empty(layer)
+        states.clear()
+        states = after
+        if index + 1 < structure.count or settings.keep_last_states:
+            journal.save(f"states-{index + 1}", states.by_name())
+        journal.save(f"layer-{index}", work.tensors, {"errors": work.errors, "seconds": work.seconds()})
+        journal.drop(f"states-{index}")
+    states.clear()
+
+
+class _Layer:
+    """Collects what becomes of one decoder layer."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        index: int,
+        schemes: Mapping[str, Scheme | None],
+        settings: StageSettings,
+        pack: Pack,
+        compute: Compute,
+        progress: Progress,
+    ) -> None:
+        self._structure = structure
+        self._index = index
+        self._schemes = schemes
+        self._settings = settings
+        self._pack = pack
+        self._progress = progress
+        self._begun = self._last = time.monotonic()
+        self.tensors: dict[str, Tensor] = {}
+        self.errors: dict[str, float] = {}
+
+    def stage(self, stage: Stage, sums: GramSum) -> None:
+        """Quantise a stage, and note what was found."""
+        names = {name: self._structure.module(self._index, name) for name in stage.linears}
+        layer = self._structure.layer(self._index)
+        done = quantize_stage(
+            layer,
+            stage,
+            sums,
+            {name: self._schemes[full] for name, full in names.items()},
+            names,
+            self._settings,
+        )
+        for name, full in names.items():
+            rounded = done.rounded.get(name)
+            if rounded is not None:
+                packed = self._pack(rounded.linear, full)
+                self.tensors |= {f"{full}.{suffix}": values.cpu() for suffix, values in packed.items()}
+                self.errors[full] = rounded.error
+            now = time.monotonic()
+            self._progress(
+                Step(
+                    self._index,
+                    self._structure.count,
+                    full,
+                    None if rounded is None else rounded.error,
+                    now - self._last,
+                    done.notes.get(name),
+                )
+            )
+            self._last = now
+        prefix = f"{self._structure.layers}.{self._index}"
+        self.tensors |= {f"{prefix}.{name}": values.cpu() for name, values in done.changed.items()}
+
+    def seconds(self) -> float:
+        """Since the layer was begun."""
+        return round(time.monotonic() - self._begun, 3)
+
+
+class _Stores:
+    """Makes stores for hidden states: in memory, or in files of their own below a folder."""
+
+    def __init__(self, folder: Path | None, device: torch.device) -> None:
+        self._folder = folder
+        self._device = device
+        self._made = 0
+
+    def new(self) -> Chunks:
+        self._made += 1
+        file = None if self._folder is None else self._folder / f"{self._made}.bin"
+        return Chunks(file, device=self._device)
+
+
+def _resume(journal: Journal, stores: _Stores, count: int) -> tuple[int, Chunks | None]:
+    """The first layer that is not done, and the states before it."""
+    done = 0
+    while done < count and f"layer-{done}" in journal:
+        done += 1
+    if done == count:
+        return done, stores.new()
+    while done and f"states-{done}" not in journal:
+        done -= 1  # the states behind the last layer were damaged: from an earlier one, which has none but 0
+    if not done:
+        return 0, None
+    states = stores.new()
+    for name in sorted(journal.specs(f"states-{done}")):
+        states.append(journal.tensor(f"states-{done}", name))
+    return done, states
+
+
+def _embed(
+    source: MergedWeights, structure: Structure, windows: Tensor, compute: Compute, stores: _Stores
+) -> Chunks:
+    changed = source.changes(EMBEDDING)
+    table = source.tensor(EMBEDDING) if changed else source.checkpoint.mapped(EMBEDDING)
+    states = stores.new()
+    for part in windows.split(compute.windows_at_once(structure, windows.shape[1])):
+        states.append(table[part].to(compute.device, compute.dtype))  # [b, T, H]
+    return states
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_on(part, device) for part in value)
+    return {name: _on(part, device) for name, part in value.items()} if isinstance(value, dict) else value

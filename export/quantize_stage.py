@@ -1,0 +1,116 @@
+"""One stage of a decoder layer: linear modules with one input, scaled and rounded together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .formats.scheme import Scheme
+from .layer import set_parameter
+from .rounding.curvature import ActOrder, Curvature, curvature
+from .rounding.gram import GramSum
+from .rounding.linear import Rounded, Rounding, round_linears
+from .structure import Stage, linear
+
+
+@dataclass(frozen=True, slots=True)
+class StageSettings:
+    """How every stage is quantised.
+
+    Attributes:
+        rounding: nearest values, or GPTQ's.
+        act_order: order of columns in GPTQ's rounding.
+        damp: of the Gram matrix, relative to its mean diagonal.
+        refine: rounds after GPTQ's.
+        lowest_zero: of asymmetric zero points, which is the format's.
+        keep_last_states: keep the states behind the last layer, for lm_head.
+    """
+
+    rounding: Rounding = "gptq"
+    act_order: ActOrder = "static"
+    damp: float = 0.01
+    refine: int = 2
+    lowest_zero: int = 0
+    keep_last_states: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What became of a stage; names are within the layer.
+
+    Attributes:
+        rounded: the quantised modules.
+        changed: other parameters of the layer that have new values.
+        notes: what a user should know of, by module.
+    """
+
+    rounded: dict[str, Rounded] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def quantize_stage(
+    layer: nn.Module,
+    stage: Stage,
+    sums: GramSum,
+    schemes: Mapping[str, Scheme | None],
+    names: Mapping[str, str],
+    settings: StageSettings,
+) -> StageResult:
+    """Round a stage's modules and put the dequantised weights into the layer.
+
+    Args:
+        sums: over the stage's inputs; used up.
+        schemes: of each module by its name within the layer; None leaves it in 16 bits.
+        names: full names by names within the layer, for errors.
+
+    Raises:
+        ExportError: names the module.
+    """
+    result = StageResult()
+    alike: dict[Scheme, list[str]] = {}
+    for name in stage.linears:
+        scheme = schemes[name]
+        if scheme is not None:
+            alike.setdefault(scheme, []).append(name)
+    if not alike:
+        return result
+    first = stage.linears[0]
+    found = curvature(sums.finish(), order=settings.act_order, damp=settings.damp, name=names[first])
+    notes = _notes(sums, found, settings)
+    if notes:
+        result.notes[first] = "; ".join(notes)
+    for scheme, members in alike.items():
+        rounded = round_linears(
+            [linear(layer, name).weight for name in members],
+            found,
+            scheme,
+            rounding=settings.rounding,
+            refine=settings.refine,
+            lowest_zero=settings.lowest_zero,
+            names=[names[name] for name in members],
+        )
+        for name, its in zip(members, rounded, strict=True):
+            result.rounded[name] = its
+            dtype = linear(layer, name).weight.dtype
+            set_parameter(layer, f"{name}.weight", its.linear.dequantize().to(dtype))
+    return result
+
+
+def _notes(sums: GramSum, found: Curvature, settings: StageSettings) -> list[str]:
+    width = found.columns.numel()
+    notes = []
+    if sums.tokens < width:
+        notes.append(
+            f"calibrated on {sums.tokens} tokens for {width} inputs, too few to tell them apart; "
+            "give more (--calib)"
+        )
+    if found.damp > settings.damp:
+        notes.append(f"damping {found.damp:g} instead of {settings.damp:g}: not positive definite before")
+    if found.dead:
+        notes.append(
+            f"{found.dead} of {width} inputs were always zero: their weights are rounded to the nearest"
+        )
+    return notes

@@ -1,0 +1,81 @@
+"""Stages, norms and links of decoder layers, found by running them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qtrain.export.errors import ExportError
+from qtrain.export.structure import Link, Stage, find_structure, layer_calls
+from tests.export.folders import ARCHITECTURES, save_model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stages_norms_and_links(architecture: str, tmp_path: Path) -> None:
+    structure = find_structure(save_model(tmp_path / "m", architecture))
+    assert (structure.layers, structure.count) == ("model.layers", 2)
+    assert structure.stages == (
+        Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn"),
+        Stage(("self_attn.o_proj",), None, "self_attn"),
+        Stage(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp"),
+        Stage(("mlp.down_proj",), None, "mlp"),
+    )
+    assert structure.links == (
+        Link("self_attn.v_proj", "self_attn.o_proj", 16, 2),
+        Link("mlp.up_proj", "mlp.down_proj", 96, 1),
+    )
+    assert len(structure.linears()) == 14
+    assert structure.linears()["model.layers.1.mlp.down_proj"].in_features == 96
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = find_structure(save_model(tmp_path / "m")).model
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_calls_hold_the_masks_of_sliding_layers(tmp_path: Path) -> None:
+    folder = save_model(
+        tmp_path / "m",
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    structure = find_structure(folder)
+    full, sliding = layer_calls(structure.model, structure.layers, torch.zeros(1, 32, 64))
+    assert full["attention_mask"] is None  # plain causal attention needs none
+    allowed = sliding["attention_mask"][0, 0]
+    assert allowed.sum(1).tolist() == [min(row + 1, 8) for row in range(32)]
+
+
+def test_a_norm_that_adds_one_to_its_weight_is_not_folded_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma's does: y = norm(x) (1 + weight)."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    class OnePlusNorm(nn.Module):
+        def __init__(self, width: int, eps: float) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+    folder = save_model(tmp_path / "m")
+    monkeypatch.setattr(modeling_qwen2, "Qwen2RMSNorm", OnePlusNorm)
+    assert [stage.norm for stage in find_structure(folder).stages] == [None] * 4
+
+
+def test_layers_without_linear_modules_are_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "gpt2")  # its projections are Conv1D
+    with pytest.raises(ExportError, match="Qwen2, Qwen3, Llama and Mistral"):
+        find_structure(tmp_path / "gpt2")
