@@ -29,9 +29,7 @@ SCHEME = Scheme(4, 32)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def windows(count: int = 6, length: int = 24) -> Tensor:

@@ -21,9 +21,7 @@ SYMMETRIC = Scheme(4, 32, symmetric=True)
 ASYMMETRIC = Scheme(4, 32, symmetric=False)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

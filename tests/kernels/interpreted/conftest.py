@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from qtrain.kernels import force_backend
 from tests.kernels.poison import poison_empty
@@ -23,8 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _triton_on_poisoned_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    torch.set_num_threads(1)
+def _triton_on_poisoned_tensors(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     poison_empty(monkeypatch)
     with force_backend("triton"):
         yield
