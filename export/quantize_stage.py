@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
+from .errors import ExportError
 from .formats.scheme import Scheme
 from .layer import set_parameter
 from .rounding.curvature import ActOrder, Curvature, curvature
 from .rounding.gram import GramSum
 from .rounding.linear import Rounded, Rounding, round_linears
 from .structure import Stage, linear
+
+Scaling = Literal["none", "awq"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,12 @@ class StageSettings:
         refine: rounds after GPTQ's.
         lowest_zero: of asymmetric zero points, which is the format's.
         keep_last_states: keep the states behind the last layer, for lm_head.
+        scaling: `awq` searches channel scales and folds them into the norm or linear module before.
+        clip: search how far each group's range is clipped, where rounding is to the nearest.
+        correction: GPTAQ's strength, 0 .. 1.
+
+    Raises:
+        ExportError: a value that is not supported.
     """
 
     rounding: Rounding = "gptq"
@@ -34,6 +44,17 @@ class StageSettings:
     refine: int = 2
     lowest_zero: int = 0
     keep_last_states: bool = False
+    scaling: Scaling = "none"
+    clip: bool = False
+    correction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scaling != "none":
+            raise ExportError(f"scaling {self.scaling!r} is not supported yet; use 'none'")
+        if self.clip:
+            raise ExportError("clip True is not supported yet; use False")
+        if self.correction:
+            raise ExportError(f"correction {self.correction:g} is not supported yet; use 0")
 
 
 @dataclass(frozen=True, slots=True)
