@@ -12,31 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "dtype": "bfloat16",
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
+from .random_model import QWEN2, write_random_model
 
 
 def make_model(folder: Path, size: int, shard: int, hidden: int, seed: int = 0) -> None:
     """A Qwen2 folder of about `size` bytes in shards of `shard`, written without holding it."""
-    import torch
-    from torch import Tensor
-
-    from qtrain.export.nf4_base import empty_model
-    from qtrain.export.tensors import TensorSpec
-    from qtrain.export.writer import CheckpointWriter
-
     vocabulary, inner, heads = 16 * hidden, 4 * hidden, hidden // 64
     layer = 2 * (2 * hidden * hidden + 2 * hidden * hidden // 4 + 3 * hidden * inner)
     layers = max(1, round((size - 4 * vocabulary * hidden) / layer))
-    config = CONFIG | {
+    config = QWEN2 | {
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -44,27 +30,7 @@ def make_model(folder: Path, size: int, shard: int, hidden: int, seed: int = 0) 
         "num_key_value_heads": heads // 4,
         "vocab_size": vocabulary,
     }
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    specs = [
-        TensorSpec(name, torch.bfloat16, tuple(parameter.shape))
-        for name, parameter in empty_model(folder).named_parameters()
-    ]
-    torch.manual_seed(seed)
-    piece = (
-        torch.randn(2**20).mul_(0.02).bfloat16()
-    )  # the same values over and over: making them costs no time
-
-    def blocks(spec: TensorSpec) -> Iterator[Tensor]:
-        left = spec.nbytes // 2
-        while left > 0:
-            yield piece[:left]
-            left -= piece.numel()
-
-    with CheckpointWriter(folder, max_shard_bytes=shard, force=True) as writer:
-        writer.write(specs, blocks)
-        writer.seal(config)
-        writer.publish()
+    write_random_model(folder, config, shard, seed)
 
 
 def make_adapter(folder: Path, base: Path, rank: int) -> None:

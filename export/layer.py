@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .chunks import Chunks
+from .formats.quantized import QuantizedLinear
 from .rounding.gram import GramSum
 from .structure import Stage
 
 OnStage = Callable[[Stage, GramSum], None]
+
+
+AT_ONCE = 2**23  # weights dequantised at once
 
 
 class Source(Protocol):
@@ -48,6 +52,14 @@ def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
     """Replace a parameter, of whatever dtype and device."""
     place, _, parameter = name.rpartition(".")
     module.get_submodule(place)._parameters[parameter] = nn.Parameter(values, requires_grad=False)
+
+
+def put_dequantized(module: nn.Module, name: str, quantized: QuantizedLinear) -> None:
+    """Overwrite a linear module's weight with the values of its quantised one, rows by rows."""
+    weight = module.get_submodule(name).get_parameter("weight")
+    step = max(1, AT_ONCE // weight.shape[1])
+    for first in range(0, weight.shape[0], step):
+        weight.data[first : first + step] = quantized.rows(first, first + step).dequantize()
 
 
 @torch.no_grad()
@@ -81,6 +93,7 @@ def run_layer(
             inputs = memory.run_until(stage, states[index], call, index)
             sums = sums or _sums_for(inputs)
             sums.add(inputs)
+            del inputs  # rounding needs the memory
         if sums is not None:
             on_stage(stage, sums)
     memory.enter(None)

@@ -25,6 +25,7 @@ from .layer import empty, fill, run_layer
 from .merged_weights import MergedWeights
 from .quantize_stage import StageSettings, quantize_stage
 from .rounding.gram import GramSum
+from .rounding.linear import Rounded
 from .structure import Stage, Structure, layer_calls
 
 Pack = Callable[[QuantizedLinear, str], dict[str, Tensor]]
@@ -61,19 +62,27 @@ class Compute:
     Attributes:
         device: of the layer that is worked at.
         dtype: of its weights and activations; sums and rounding are float32 always.
-        activation_bytes: of the tokens that go through a layer at once, about.
-        states_bytes: of hidden states, above which they lie in a file beside the export.
+        activation_bytes: of the tokens that go through a layer at once, about; less where the sums over a
+            stage's inputs and their factor take much of it, a quarter at least.
+        states_bytes: of hidden states, above which they lie in files beside the export: those before a layer,
+            those behind it, and what a child of it gave out.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     activation_bytes: int = 2**30
-    states_bytes: int = 2**31
+    states_bytes: int = 2**30
 
     def windows_at_once(self, structure: Structure, length: int) -> int:
         """Windows of a chunk."""
-        per_token = bytes_per_token(structure, self.dtype)
-        return max(1, self.activation_bytes // (length * per_token))
+        widest = max(linear.in_features for linear in _first_linears(structure))
+        sums = 2 * 4 * widest**2
+        left = max(self.activation_bytes - sums, self.activation_bytes // 4)
+        return max(1, left // (length * bytes_per_token(structure, self.dtype)))
+
+    def spills(self, structure: Structure, tokens: int) -> bool:
+        """Whether hidden states lie in files."""
+        return 3 * tokens * structure.model.config.hidden_size * self.dtype.itemsize > self.states_bytes
 
 
 def bytes_per_token(structure: Structure, dtype: torch.dtype) -> int:
@@ -116,15 +125,15 @@ def quantize_layers(
     length = windows.shape[1]
     blank = torch.zeros(1, length, structure.model.config.hidden_size, dtype=compute.dtype)
     calls = layer_calls(structure.model, structure.layers, blank)
-    spilled = windows.numel() * structure.model.config.hidden_size * compute.dtype.itemsize
-    stores = _Stores(journal.folder / "spilled" if spilled > compute.states_bytes else None, compute.device)
+    spilled = journal.folder / "spilled" if compute.spills(structure, windows.numel()) else None
+    stores = _Stores(spilled, compute.device)
     begun, states = _resume(journal, stores, structure.count)
     if states is None:
         states = _embed(source, structure, windows, compute, stores)
     for index in range(begun, structure.count):
         layer = structure.layer(index)
         fill(layer, f"{structure.layers}.{index}", source, dtype=compute.dtype, device=compute.device)
-        work = _Layer(structure, index, schemes, settings, pack, compute, progress)
+        work = _Layer(structure, source, index, schemes, settings, pack, progress)
         after = stores.new()
         run_layer(
             layer, _on(calls[index], compute.device), states, after, structure.stages, work.stage, stores.new
@@ -134,7 +143,7 @@ def quantize_layers(
         states = after
         if index + 1 < structure.count or settings.keep_last_states:
             journal.save(f"states-{index + 1}", states.by_name())
-        journal.save(f"layer-{index}", work.tensors, {"errors": work.errors, "seconds": work.seconds()})
+        journal.save(f"layer-{index}", work.tensors(), {"errors": work.errors, "seconds": work.seconds()})
         journal.drop(f"states-{index}")
     states.clear()
 
@@ -145,40 +154,44 @@ class _Layer:
     def __init__(
         self,
         structure: Structure,
+        source: MergedWeights,
         index: int,
         schemes: Mapping[str, Scheme | None],
         settings: StageSettings,
         pack: Pack,
-        compute: Compute,
         progress: Progress,
     ) -> None:
         self._structure = structure
+        self._source = source
         self._index = index
         self._schemes = schemes
         self._settings = settings
         self._pack = pack
         self._progress = progress
         self._begun = self._last = time.monotonic()
-        self.tensors: dict[str, Tensor] = {}
+        self._rounded: dict[str, Rounded] = {}
+        self._changed: dict[str, Tensor] = {}
         self.errors: dict[str, float] = {}
 
     def stage(self, stage: Stage, sums: GramSum) -> None:
         """Quantise a stage, and note what was found."""
-        names = {name: self._structure.module(self._index, name) for name in stage.linears}
-        layer = self._structure.layer(self._index)
+        names = {name: self._full(name) for name in stage.linears}
         done = quantize_stage(
-            layer,
+            self._structure.layer(self._index),
             stage,
             sums,
             {name: self._schemes[full] for name, full in names.items()},
             names,
             self._settings,
+            links=self._structure.links,
+            earlier=self._rounded,
+            stored=lambda name: self._source.weight(self._full(name)),
         )
+        self._rounded |= done.rounded
+        self._changed |= done.changed
         for name, full in names.items():
             rounded = done.rounded.get(name)
             if rounded is not None:
-                packed = self._pack(rounded.linear, full)
-                self.tensors |= {f"{full}.{suffix}": values.cpu() for suffix, values in packed.items()}
                 self.errors[full] = rounded.error
             now = time.monotonic()
             self._progress(
@@ -192,8 +205,17 @@ class _Layer:
                 )
             )
             self._last = now
-        prefix = f"{self._structure.layers}.{self._index}"
-        self.tensors |= {f"{prefix}.{name}": values.cpu() for name, values in done.changed.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By full name: packed only now, as a later stage folds its scales into an earlier module."""
+        found = {self._full(name): values.cpu() for name, values in self._changed.items()}
+        for name in list(self._rounded):
+            packed = self._pack(self._rounded.pop(name).linear, self._full(name))
+            found |= {f"{self._full(name)}.{suffix}": values.cpu() for suffix, values in packed.items()}
+        return found
+
+    def _full(self, name: str) -> str:
+        return self._structure.module(self._index, name)
 
     def seconds(self) -> float:
         """Since the layer was begun."""

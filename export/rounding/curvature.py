@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError
+from .cholesky import factor_in_place
 
 ActOrder = Literal["static", "off", "full"]
 DAMPING = (1, 3, 10, 30, 100)  # times the damping asked for, until H' can be factored
@@ -53,7 +54,7 @@ def curvature(gram: Tensor, *, order: ActOrder = "static", damp: float = 0.01, n
     """Order and factor the Gram matrix of a layer's inputs.
 
     Args:
-        gram: H, [K, K] float32; its memory is taken over and permuted in place.
+        gram: H, [K, K] float32; its memory is taken over and permuted in place. R takes as much again.
         order: `off` rounds columns as they stand; `static` and `full` by descending diag(H).
         damp: relative to the mean of diag(H); more is tried where H' is not positive definite.
         name: of the module, for errors.
@@ -71,11 +72,11 @@ def curvature(gram: Tensor, *, order: ActOrder = "static", damp: float = 0.01, n
     _permute(gram, columns)
     mean = float(diagonal.mean()) or 1.0  # inputs that are all zero leave the identity
     added = 0.0
+    factor = torch.empty_like(gram)
     for damping in sorted({min(damp * times, MOST_DAMPING) for times in DAMPING}):
         gram.diagonal().add_((damping - added) * mean)
         added = damping
-        factor = _factor(gram)
-        if factor is not None:
+        if factor_in_place(factor.copy_(gram)):
             return Curvature(columns, gram, factor, damping, int((diagonal == 0).sum()))
     raise ExportError(
         f"{name}: the Gram matrix of its inputs is not positive definite, even with {added:g} of its mean "
@@ -88,17 +89,6 @@ def _in_places(diagonal: Tensor, order: ActOrder) -> Tensor:
     if order == "off":
         return torch.arange(diagonal.numel() - 1, -1, -1, device=diagonal.device)
     return torch.argsort(diagonal, stable=True)  # the most active column last, where rounding begins
-
-
-def _factor(gram: Tensor) -> Tensor | None:
-    """Cholesky in float32, else in float64."""
-    for dtype in (torch.float32, torch.float64):
-        factor, failed = torch.linalg.cholesky_ex(gram.to(dtype), upper=True)
-        factor = factor.to(torch.float32)
-        smallest = factor.diagonal().min()
-        if not int(failed) and bool(torch.isfinite(smallest)) and float(smallest) > 0:
-            return factor
-    return None
 
 
 def _permute(matrix: Tensor, columns: Tensor) -> None:

@@ -10,7 +10,7 @@ from .grid import Grid, nearest
 BLOCK = 64  # places whose feedback goes column by column; that of all others comes by one product
 
 
-def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """q that minimises tr E H' E^T greedily, column by column from the last place to the first.
 
         u[k] = w[k] - (sum over l > k of R[k, l] e[l]) / R[k, k]      q[k] = nearest(u[k])
@@ -21,19 +21,22 @@ def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
         grid: in places.
 
     Returns:
-        [K, N] float32, integers 0 .. top.
+        q, [K, N] float32, integers 0 .. top; and tr E H' E^T by row of W, [N], which is the sum of
+        (R[k, k] (what[k] - u[k]))^2.
     """
     width = weight.shape[0]
     groups = grid.groups.tolist()
     pivots = factor.diagonal()
     error = torch.zeros_like(weight)
     q = torch.empty_like(weight)
+    cost = torch.zeros_like(weight[0])
     for last in range(width, 0, -BLOCK):
         first = max(0, last - BLOCK)
         block = slice(first, last)
         rows = factor[block] / pivots[block, None]
         wanted = weight[block] - rows[:, last:] @ error[last:]
         within, done = rows[:, block], error[block]
+        left = torch.empty_like(wanted)  # what the columns still to come can't make up for
         for place in range(last - first - 1, -1, -1):
             group = groups[first + place]
             scales, zeros = grid.scales[group], grid.zeros[group]
@@ -42,5 +45,8 @@ def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
                 target = target - within[place, place + 1 :] @ done[place + 1 :]
             chosen = nearest(target, scales, zeros, grid.top)
             q[first + place] = chosen
-            torch.sub((chosen - zeros).mul_(scales), weight[first + place], out=done[place])
-    return q
+            what = (chosen - zeros).mul_(scales)
+            torch.sub(what, weight[first + place], out=done[place])
+            torch.sub(what, target, out=left[place])
+        cost += left.mul_(pivots[block, None]).square_().sum(0)
+    return q, cost

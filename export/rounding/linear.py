@@ -15,10 +15,10 @@ from ..formats.scheme import Scheme
 from .curvature import Curvature
 from .feedback import round_with_feedback
 from .grid import nearest, search_grid
-from .refine import descend, least_squares_scales, output_error
+from .refine import descend, least_squares_scales, output_energy
 
 Rounding = Literal["nearest", "gptq"]
-ROWS = 4096  # rows of W rounded at once: they do not depend on each other, and memory goes with them
+AT_ONCE = 2**23  # weights rounded at once: rows do not depend on each other, and memory goes with them
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,14 @@ def round_linears(
         ExportError: a weight is not finite, or needs scales beyond float16.
     """
     sizes = [weight.shape[0] for weight in weights]
-    if sum(sizes) > ROWS or len(weights) == 1:
+    at_once = max(1, AT_ONCE // weights[0].shape[1])
+    if sum(sizes) > at_once or len(weights) == 1:
         groups = [[weight] for weight in weights]
     else:
         groups = [list(weights)]  # rows do not depend on each other, and few at a time cost as much as many
     rows = []
     for group in groups:
-        for part in (torch.cat(group) if len(group) > 1 else group[0]).split(ROWS):
+        for part in (torch.cat(group) if len(group) > 1 else group[0]).split(at_once):
             rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero))
     whole = _Rows(*(torch.cat(parts) for parts in zip(*map(_fields, rows), strict=True)))
     g_idx = _g_idx(curvature, scheme)
@@ -114,19 +115,28 @@ def _round_rows(
     grid = search_grid(placed, curvature.importance, scheme, groups, lowest_zero=lowest_zero)
     if rounding == "nearest":
         q = nearest(placed, grid.scales[groups], grid.zeros[groups], grid.top)
+        error, energy = None, output_energy(placed, curvature.factor)
     else:
-        q = round_with_feedback(placed, curvature.factor, grid)
+        q, error = round_with_feedback(placed, curvature.factor, grid)
+        if refine:
+            weight_gram = curvature.gram @ placed  # [K, n]
+            energy = (weight_gram * placed).sum(0)
+        else:
+            energy = output_energy(placed, curvature.factor)
         for _ in range(refine):
-            grid = least_squares_scales(placed, q, curvature.gram, grid)
+            grid = least_squares_scales(weight_gram, q, curvature.gram, grid)
             q = descend(placed, q, curvature.gram, grid)
+            error = None
+    if error is None:
+        error = output_energy(grid.dequantize(q).sub_(placed), curvature.factor)
     in_model = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     in_model[:, curvature.columns] = q.t().to(torch.uint8)
     return _Rows(
         in_model,
         grid.scales.t().contiguous(),
         grid.zeros.t().contiguous(),
-        output_error(placed, grid.dequantize(q), curvature.gram),
-        output_error(placed, torch.zeros_like(placed), curvature.gram),
+        error,
+        energy,
     )
 
 

@@ -12,33 +12,39 @@ from torch import Tensor
 from .feedback import BLOCK
 from .grid import Grid, nearest
 
+STRIP = 512  # rows of R in one product
 RIDGE = 1e-6  # towards the old scales, relative to the mean diagonal: groups that no input reaches keep them
 
 
-def output_error(weight: Tensor, what: Tensor, gram: Tensor) -> Tensor:
-    """[N] e H' e^T for each row of W: weight and what [K, N]."""
-    error = what - weight
-    return (gram @ error).mul_(error).sum(0)
+def output_energy(weight: Tensor, factor: Tensor) -> Tensor:
+    """[N] |R w|^2 = w H' w^T for each row of W, [K, N]: half the products that H' would take."""
+    width = weight.shape[0]
+    energy = torch.zeros_like(weight[0])
+    for first in range(0, width, STRIP):
+        energy += (factor[first : first + STRIP, first:] @ weight[first:]).square_().sum(0)
+    return energy
 
 
-def least_squares_scales(weight: Tensor, q: Tensor, gram: Tensor, grid: Grid) -> Grid:
+def least_squares_scales(weight_gram: Tensor, q: Tensor, gram: Tensor, grid: Grid) -> Grid:
     """argmin over scales of tr E H' E^T, all groups of a row together: a G x G system for each row.
 
     Args:
-        weight, q: [K, N] in places.
+        weight_gram: H' W^T, [K, N] in places.
+        q: [K, N] in places.
         gram: H', [K, K].
     """
     count, rows = grid.scales.shape
-    steps = q - grid.zeros[grid.groups]  # [K, N]
     by_group = torch.argsort(grid.groups, stable=True)
-
-    def sum_by_group(values: Tensor) -> Tensor:  # [K, N] -> [N, G]
-        return values[by_group].view(count, -1, rows).sum(1).t()
-
-    system = torch.empty(rows, count, count, device=weight.device)
-    for group, members in enumerate(by_group.view(count, -1)):
-        system[:, :, group] = sum_by_group((gram[:, members] @ steps[members]).mul_(steps))
-    right = sum_by_group((gram @ weight).mul_(steps))
+    steps = (q - grid.zeros[grid.groups])[by_group]  # [K, N] from here on group by group
+    length = steps.shape[0] // count
+    system = torch.empty(rows, count, count, device=q.device)
+    for group, members in enumerate(by_group.view(count, length)):
+        first = group * length  # the system is symmetric: this group with itself and those after it
+        reached = gram[members][:, by_group[first:]].t() @ steps[first : first + length]
+        found = reached.mul_(steps[first:]).view(-1, length, rows).sum(1).t()  # [N, G - group]
+        system[:, group:, group] = found
+        system[:, group, group:] = found
+    right = (weight_gram[by_group] * steps).view(count, length, rows).sum(1).t()  # [N, G]
     diagonal = system.diagonal(dim1=1, dim2=2)
     ridge = (RIDGE * diagonal.mean(1, keepdim=True)).clamp_(min=torch.finfo(torch.float32).tiny)
     right = right + ridge * grid.scales.t()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qtrain.export.errors import ExportError
 from qtrain.export.formats.scheme import Scheme
+from qtrain.export.rounding.cholesky import factor_in_place
 from qtrain.export.rounding.correction import corrected_weight
 from qtrain.export.rounding.curvature import curvature
 from qtrain.export.rounding.gram import GramSum
@@ -207,23 +208,73 @@ def test_gram_sum_is_the_sum_over_chunks() -> None:
 @given(
     rows=st.integers(1, 9).map(lambda n: 8 * n),
     groups=st.integers(1, 5),
-    length=st.sampled_from([8, 32]),
-    bits=st.sampled_from([4, 8]),
+    length=st.sampled_from([8, 32, -1]),
+    bits=st.sampled_from([2, 4, 8]),
     symmetric=st.booleans(),
     order=st.sampled_from(["static", "off", "full"]),
+    refine=st.sampled_from([0, 1, 2]),
+    lowest_zero=st.sampled_from([0, 1]),
     tokens=st.integers(1, 80),
     seed=st.integers(0, 99),
 )
 def test_no_shape_is_worse_than_the_nearest_values(
-    rows: int, groups: int, length: int, bits: int, symmetric: bool, order: str, tokens: int, seed: int
+    rows: int,
+    groups: int,
+    length: int,
+    bits: int,
+    symmetric: bool,
+    order: str,
+    refine: int,
+    lowest_zero: int,
+    tokens: int,
+    seed: int,
 ) -> None:
-    """Whatever the shapes, and with fewer tokens than columns too."""
-    width = groups * length
+    """Whatever the shapes, and with fewer tokens than columns too; and all values are a format's."""
+    width = groups * (16 if length == -1 else length)
     x, w = inputs(tokens, width, seed), weight(rows, width, seed + 1)
     scheme = Scheme(bits, length, symmetric=symmetric, desc_act=order == "full")
     found = curvature(gram(x), order=order)  # type: ignore[arg-type]
-    rounded = round_linear(w, found, scheme)
-    nearest = round_linear(w, found, scheme, rounding="nearest")
+    rounded = round_linear(w, found, scheme, refine=refine, lowest_zero=lowest_zero)
+    nearest = round_linear(w, found, scheme, rounding="nearest", lowest_zero=lowest_zero)
     assert rounded.error <= nearest.error * 1.0001 + 1e-12
-    assert rounded.linear.q.shape == (rows, width)
-    assert rounded.linear.scheme == scheme
+    linear = rounded.linear
+    assert linear.q.shape == (rows, width)
+    assert linear.scheme == scheme
+    assert int(linear.q.max()) <= scheme.top
+    assert bool((linear.scales != 0).all())
+    if linear.zeros is not None:
+        assert int(linear.zeros.min()) >= lowest_zero
+    if linear.g_idx is not None:  # every group has its columns, all of one length
+        assert torch.bincount(linear.g_idx).tolist() == [width // scheme.groups(width)] * scheme.groups(width)
+    # the error that is told is that of the values that are stored
+    placed = (linear.dequantize() - w)[:, found.columns].double()
+    told = rounded.error * float(
+        ((w[:, found.columns].double() @ found.gram.double()) * w[:, found.columns]).sum()
+    )
+    # float32 sums of the error, which is small beside the terms at 8 bits
+    assert float(((placed @ found.gram.double()) * placed).sum()) == pytest.approx(told, rel=0.01, abs=1e-6)
+
+
+def test_rows_are_rounded_alike_however_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = weight(48, 64), curvature(gram(inputs(256, 64)))
+    whole = round_linear(w, h, SYMMETRIC).linear
+    monkeypatch.setattr("qtrain.export.rounding.linear.AT_ONCE", 64 * 16)
+    parts = round_linear(w, h, SYMMETRIC).linear
+    # products of other shapes are summed in another order, so that a tie may fall to the other side
+    assert (parts.q != whole.q).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("width", [40, 96, 100])
+def test_factoring_panel_by_panel_is_lapacks(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SMALL", 32), ("PANEL", 16), ("STRIP", 24)):
+        monkeypatch.setattr(f"qtrain.export.rounding.cholesky.{name}", value)
+    h = gram(inputs(3 * width, width))
+    factor = h.clone()
+    factor[1:, 0] = float("nan")  # the lower triangle is not looked at
+    assert factor_in_place(factor)
+    expected = torch.linalg.cholesky(h.double(), upper=True)
+    # float32 with a condition number of about 1e4
+    assert torch.allclose(factor.double(), expected, rtol=1e-3, atol=1e-3)
+    assert bool((factor.tril(-1) == 0).all())
+    h[width - 3, width - 3] *= -1
+    assert not factor_in_place(h)
