@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from . import export_quantize
 from .terminal import console
 
 app = typer.Typer(no_args_is_help=True)
+app.command("gptq")(export_quantize.gptq)
+app.command("awq")(export_quantize.awq)
 
 
 class Base(str, Enum):
@@ -31,7 +34,7 @@ class Dtype(str, Enum):
 
 @app.callback()
 def _group() -> None:
-    """Merge a run into a checkpoint that transformers and vLLM load, measured."""
+    """Write a run or a model as a checkpoint that transformers and vLLM load, measured."""
 
 
 @app.command("merge")

@@ -1,0 +1,232 @@
+"""The gate: a quantised folder, read back from its files, against the model that it was made of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .agreement import ROWS, Agreement, agreement
+from .checkpoint import HEAD
+from .errors import ExportError, GateFailed
+from .merged_weights import MergedWeights
+from .quantized_checkpoint import QuantizedCheckpoint
+from .streamed_model import Fetch, StreamedModel
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a checkpoint must keep to.
+
+    Attributes:
+        kl: mean KL(reference || quantised), nats, at most.
+        ppl: perplexity over the reference's, at most.
+        top1: share of positions with the same likeliest token, at least.
+        stops: places where an answer ends and the end is the likeliest token: this share of the
+            reference's, at least.
+    """
+
+    kl: float = 0.25
+    ppl: float = 1.25
+    top1: float = 0.0
+    stops: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """How often the end of an answer is the likeliest token where it belongs.
+
+    Attributes:
+        places: where a window's next token ends an answer.
+        p, q: of them, where it is the likeliest token, by the reference and by the quantised model.
+    """
+
+    places: int
+    p: int
+    q: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was measured, and the bounds that it fails.
+
+    Attributes:
+        agreement: P the reference, Q the quantised model.
+        stops: None where no window ends an answer.
+        bounds: None where the gate is off.
+    """
+
+    agreement: Agreement
+    stops: Stops | None
+    bounds: Bounds | None
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Of the quantised model to the reference."""
+        return self.agreement.perplexity_q / self.agreement.perplexity_p
+
+    @property
+    def failures(self) -> list[str]:
+        """The bounds that do not hold, each with both values."""
+        bounds, found = self.bounds, self.agreement
+        if bounds is None:
+            return []
+        failed = []
+        if not found.kl <= bounds.kl:
+            failed.append(f"KL {found.kl:.4g} is above {bounds.kl:g}")
+        if not self.perplexity_ratio <= bounds.ppl:
+            failed.append(
+                f"perplexity is {self.perplexity_ratio:.4g} times the reference's, above {bounds.ppl:g}"
+            )
+        if not found.top1 >= bounds.top1:
+            failed.append(f"top-1 agreement {found.top1:.4g} is below {bounds.top1:g}")
+        if self.stops is not None and self.stops.q < bounds.stops * self.stops.p:
+            failed.append(
+                f"answers end at {self.stops.q} of {self.stops.places} places where the reference's end at "
+                f"{self.stops.p}, below {bounds.stops:g} of them"
+            )
+        return failed
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            **self.agreement.as_dict(),
+            "perplexity_ratio": self.perplexity_ratio,
+            "stops": None if self.stops is None else asdict(self.stops),
+            "bounds": "off" if self.bounds is None else asdict(self.bounds),
+            "failures": self.failures,
+            "passed": not self.failures,
+            "arithmetic": "float32, weights dequantised from the written files",
+        }
+
+
+def parse_gate(text: str | None) -> Bounds | None:
+    """`kl=0.1,ppl=1.05` over the defaults; `off` is no gate.
+
+    Raises:
+        ExportError: an unknown bound, or a value that is no positive number.
+    """
+    if text is None:
+        return Bounds()
+    if text.strip() == "off":
+        return None
+    names = [field.name for field in fields(Bounds)]
+    given: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ExportError(f"--gate {text}: no bound '{name}', there are {', '.join(names)}, or off{hint}")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            given[name] = -1.0
+        if not 0 <= given[name] < float("inf"):
+            raise ExportError(f"--gate {text}: {name} is '{value}', must be a number of 0 or more")
+    return Bounds(**given)
+
+
+def measure(
+    reference: MergedWeights,
+    folder: Path,
+    windows: Sequence[Sequence[int]],
+    *,
+    stop_id: int | None,
+    bounds: Bounds | None,
+    device: torch.device | str = "cpu",
+    say: Say = lambda _: None,
+) -> Verdict:
+    """Compare a quantised folder's files with the weights that they were made of.
+
+    Args:
+        reference: the 16-bit weights.
+        folder: as any reader would get it.
+        windows: token ids, at least one.
+        stop_id: the token that ends an answer.
+        device: where to compute, in float32.
+
+    Raises:
+        ExportError: the folder is damaged.
+    """
+    quantized = QuantizedCheckpoint.open(folder)
+    quantized.check_complete()
+    say("the reference")
+    p = StreamedModel(reference.folder, remembering(fetch_of(reference), HEAD), device=device)
+    p_states = p.hidden_states(windows)
+    say("the quantised files")
+    q = StreamedModel(folder, remembering(quantized.weight, HEAD), device=device)
+    q_states = q.hidden_states(windows)
+    say("their predictions")
+    found = agreement(windows, (p_states, p.logits), (q_states, q.logits))
+    stops = None if stop_id is None else _stops(windows, (p_states, p), (q_states, q), stop_id)
+    return Verdict(found, stops, bounds)
+
+
+def check_gate(verdict: Verdict, place: Path) -> None:
+    """Raise where bounds do not hold.
+
+    Args:
+        place: where the checkpoint lies now.
+
+    Raises:
+        GateFailed: in a line, with the values and the bounds.
+    """
+    if verdict.failures:
+        raise GateFailed(
+            f"{place} is below the gate: {'; '.join(verdict.failures)}; more calibration (--calib), "
+            "more bits or smaller groups bring it closer, --gate changes the bounds"
+        )
+
+
+def fetch_of(weights: MergedWeights) -> Fetch:
+    """Merged weights by name; those that merging leaves alone are mapped, not read."""
+
+    def fetch(name: str) -> Tensor:
+        return weights.weight(name) if weights.changes(name) else weights.checkpoint.mapped(name)
+
+    return fetch
+
+
+def remembering(fetch: Fetch, name: str) -> Fetch:
+    """`fetch` that keeps one tensor: the head is asked for again for every few positions."""
+    kept: dict[str, Tensor] = {}
+
+    def remember(wanted: str) -> Tensor:
+        if wanted != name:
+            return fetch(wanted)
+        if name not in kept:
+            kept[name] = fetch(name)
+        return kept[name]
+
+    return remember
+
+
+def _stops(
+    windows: Sequence[Sequence[int]],
+    p: tuple[Sequence[Tensor], StreamedModel],
+    q: tuple[Sequence[Tensor], StreamedModel],
+    stop_id: int,
+) -> Stops | None:
+    """Count the places where a window goes on with the stop token and a model would have said so."""
+    counts = []
+    for states, model in (p, q):
+        rows = [
+            states[number][place]
+            for number, window in enumerate(windows)
+            for place, following in enumerate(window[1:])
+            if following == stop_id
+        ]
+        said = 0
+        for first in range(0, len(rows), ROWS):
+            said += int((model.logits(torch.stack(rows[first : first + ROWS])).argmax(-1) == stop_id).sum())
+        counts.append((len(rows), said))
+    (places, of_p), (_, of_q) = counts
+    return Stops(places, of_p, of_q) if places else None
