@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from .awq.stage import Stored, fold_scales, scaled, why_not
 from .errors import ExportError
 from .formats.scheme import Scheme
-from .layer import set_parameter
+from .layer import put_dequantized
+from .rounding.correction import corrected_weight
 from .rounding.curvature import ActOrder, Curvature, curvature
 from .rounding.gram import GramSum
 from .rounding.linear import Rounded, Rounding, round_linears
-from .structure import Stage, linear
+from .structure import Link, Stage, linear
 
 Scaling = Literal["none", "awq"]
 
@@ -30,7 +33,7 @@ class StageSettings:
         refine: rounds after GPTQ's.
         lowest_zero: of asymmetric zero points, which is the format's.
         keep_last_states: keep the states behind the last layer, for lm_head.
-        scaling: `awq` searches channel scales and folds them into the norm or linear module before.
+        scaling: `awq` chooses channel scales (awq/scales.py), folded into the norm or linear module before.
         clip: search how far each group's range is clipped, where rounding is to the nearest.
         correction: GPTAQ's strength, 0 .. 1.
 
@@ -49,8 +52,6 @@ class StageSettings:
     correction: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scaling != "none":
-            raise ExportError(f"scaling {self.scaling!r} is not supported yet; use 'none'")
         if self.clip:
             raise ExportError("clip True is not supported yet; use False")
         if self.correction:
@@ -62,8 +63,8 @@ class StageResult:
     """What became of a stage; names are within the layer.
 
     Attributes:
-        rounded: the quantised modules.
-        changed: other parameters of the layer that have new values.
+        rounded: the quantised modules; a module before as well, where scales were folded into it.
+        changed: other parameters of the layer that have new values, float32.
         notes: what a user should know of, by module.
     """
 
@@ -79,13 +80,23 @@ def quantize_stage(
     schemes: Mapping[str, Scheme | None],
     names: Mapping[str, str],
     settings: StageSettings,
+    *,
+    links: Sequence[Link],
+    earlier: Mapping[str, Rounded],
+    stored: Stored,
 ) -> StageResult:
     """Round a stage's modules and put the dequantised weights into the layer.
+
+    What is in the layer stays as if nothing was scaled, W = What diag(1 / t), and its norms with it: a layer
+    that is running has seen the norm's output already. Only what the result holds is folded.
 
     Args:
         sums: over the stage's inputs; used up.
         schemes: of each module by its name within the layer; None leaves it in 16 bits.
         names: full names by names within the layer, for errors.
+        links: of the layer's structure.
+        earlier: what the layer's stages before gave.
+        stored: gives a parameter of the layer as the checkpoint has it.
 
     Raises:
         ExportError: names the module.
@@ -101,11 +112,30 @@ def quantize_stage(
     first = stage.linears[0]
     found = curvature(sums.finish(), order=settings.act_order, damp=settings.damp, name=names[first])
     notes = _notes(sums, found, settings)
+    weights: dict[str, Tensor] = {
+        name: linear(layer, name).weight.data for members in alike.values() for name in members
+    }
+    if settings.correction:
+        weights = _corrected(weights, sums, found, settings.correction)
+    reason = why_not(stage, links, schemes, earlier) if settings.scaling == "awq" else ""
+    if reason:
+        notes.append(reason)
+    scales = None
+    if reason is None:
+        quantised = {name: scheme for scheme, members in alike.items() for name in members}
+        folded = fold_scales(
+            layer, stage, links, weights, found, quantised, settings.rounding, earlier, stored
+        )
+        scales = folded.scales
+        found = scaled(found, scales)
+        weights = {name: its.to(torch.float32).mul_(scales) for name, its in weights.items()}
+        result.changed.update(folded.changed)
+        result.rounded.update(folded.rounded)
     if notes:
         result.notes[first] = "; ".join(notes)
     for scheme, members in alike.items():
         rounded = round_linears(
-            [linear(layer, name).weight for name in members],
+            [weights.pop(name) for name in members],
             found,
             scheme,
             rounding=settings.rounding,
@@ -115,9 +145,18 @@ def quantize_stage(
         )
         for name, its in zip(members, rounded, strict=True):
             result.rounded[name] = its
-            dtype = linear(layer, name).weight.dtype
-            set_parameter(layer, f"{name}.weight", its.linear.dequantize().to(dtype))
+            put_dequantized(layer, name, its.linear)
+            if scales is not None:
+                linear(layer, name).weight.div_(scales)
     return result
+
+
+def _corrected(
+    weights: Mapping[str, Tensor], sums: GramSum, found: Curvature, strength: float
+) -> dict[str, Tensor]:
+    if sums.cross is None:
+        raise ValueError("sums.cross is missing: the correction compares with the original model's inputs")
+    return {name: corrected_weight(its, sums.cross, found, strength) for name, its in weights.items()}
 
 
 def _notes(sums: GramSum, found: Curvature, settings: StageSettings) -> list[str]:
