@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -62,71 +63,102 @@ def put_dequantized(module: nn.Module, name: str, quantized: QuantizedLinear) ->
         weight.data[first : first + step] = quantized.rows(first, first + step).dequantize()
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A decoder layer and what goes through it.
+
+    Attributes:
+        layer: its parameters in memory.
+        call: its keyword arguments.
+        states, out: hidden states before and after; `out` is appended to.
+    """
+
+    layer: nn.Module
+    call: dict[str, Any]
+    states: Chunks
+    out: Chunks
+
+
 @torch.no_grad()
 def run_layer(
-    layer: nn.Module,
-    call: dict[str, Any],
-    states: Chunks,
-    out: Chunks,
+    stream: Stream,
     stages: Sequence[Stage],
     on_stage: OnStage,
     kept: Callable[[], Chunks],
+    original: Stream | None = None,
 ) -> None:
     """Send all chunks through a layer and quantise it on the way.
 
     Args:
-        layer: its parameters in memory.
-        call: its keyword arguments.
-        states, out: hidden states before and after; `out` is appended to.
         stages: in the order of running.
         on_stage: called with each stage and the sums over its inputs; it changes the layer's weights.
         kept: makes an empty store for what a child of the layer gave out.
+        original: the same layer of the original model with its own states: sums are over both then.
     """
-    if len(states) == 1:
-        _run_once(layer, call, states, out, stages, on_stage)
+    if len(stream.states) == 1:
+        _run_once(stream, stages, on_stage, original)
         return
-    memory = _Children(layer, kept)
+    running = _Children(stream, kept)
+    beside = None if original is None else _Children(original, kept)
     for stage in stages:
-        memory.enter(stage.container)
         sums = None
-        for index in range(len(states)):
-            inputs = memory.run_until(stage, states[index], call, index)
-            sums = sums or _sums_for(inputs)
-            sums.add(inputs)
-            del inputs  # rounding needs the memory
+        for each in (running, beside):
+            if each is not None:
+                each.enter(stage.container)
+        for index in range(len(stream.states)):
+            inputs = running.run_until(stage, index)
+            reference = None if beside is None else beside.run_until(stage, index)
+            sums = sums or _sums_for(inputs, reference)
+            sums.add(inputs, reference)
+            del inputs, reference  # rounding needs the memory
         if sums is not None:
             on_stage(stage, sums)
-    memory.enter(None)
-    for index in range(len(states)):
-        out.append(memory.run(states[index], call, index))
-    memory.clear()
+    for each in (running, beside):
+        if each is not None:
+            each.finish()
 
 
-def _run_once(
-    layer: nn.Module,
-    call: dict[str, Any],
-    states: Chunks,
-    out: Chunks,
-    stages: Sequence[Stage],
-    on_stage: OnStage,
-) -> None:
+def _run_once(stream: Stream, stages: Sequence[Stage], on_stage: OnStage, original: Stream | None) -> None:
+    references = {} if original is None else _run_original(original, stages)
+
     def reached(stage: Stage) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sums = _sums_for(inputs[0])
-            sums.add(inputs[0])
+            reference = references.pop(stage, None)
+            sums = _sums_for(inputs[0], reference)
+            sums.add(inputs[0], reference)
+            del reference
             on_stage(stage, sums)
 
         return hook
 
+    with _before_stages(stream.layer, stages, reached):
+        stream.out.append(_states(stream.layer(stream.states[0], **stream.call)))
+
+
+def _run_original(original: Stream, stages: Sequence[Stage]) -> dict[Stage, Tensor]:
+    seen: dict[Stage, Tensor] = {}
+
+    def reached(stage: Stage) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: seen.update({stage: inputs[0]})
+
+    with _before_stages(original.layer, stages, reached):
+        original.out.append(_states(original.layer(original.states[0], **original.call)))
+    return seen
+
+
+@contextlib.contextmanager
+def _before_stages(
+    layer: nn.Module, stages: Sequence[Stage], hook: Callable[[Stage], Callable[..., None]]
+) -> Iterator[None]:
     with contextlib.ExitStack() as hooks:
         for stage in stages:
             first = layer.get_submodule(stage.linears[0])
-            hooks.callback(first.register_forward_pre_hook(reached(stage)).remove)
-        out.append(_states(layer(states[0], **call)))
+            hooks.callback(first.register_forward_pre_hook(hook(stage)).remove)
+        yield
 
 
-def _sums_for(inputs: Tensor) -> GramSum:
-    return GramSum(inputs.shape[-1], device=inputs.device)
+def _sums_for(inputs: Tensor, reference: Tensor | None) -> GramSum:
+    return GramSum(inputs.shape[-1], cross=reference is not None, device=inputs.device)
 
 
 def _states(output: Any) -> Tensor:
@@ -141,8 +173,9 @@ class _Reached(Exception):
 class _Children:
     """Runs a layer whose finished children give what they gave before."""
 
-    def __init__(self, layer: nn.Module, kept: Callable[[], Chunks]) -> None:
-        self._layer = layer
+    def __init__(self, stream: Stream, kept: Callable[[], Chunks]) -> None:
+        self._stream = stream
+        self._layer = stream.layer
         self._kept = kept
         self._current: str | None = None
         self._fresh: str | None = None  # finished, its output not kept yet
@@ -158,23 +191,30 @@ class _Children:
             self._outputs[self._fresh] = self._kept()
         self._current = container
 
-    def run_until(self, stage: Stage, states: Tensor, call: dict[str, Any], index: int) -> Tensor:
-        """The input of a stage's linear modules."""
+    def run_until(self, stage: Stage, index: int) -> Tensor:
+        """A chunk's inputs of a stage's linear modules."""
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Reached(inputs[0])
 
         handle = self._layer.get_submodule(stage.linears[0]).register_forward_pre_hook(stop)
         try:
-            self.run(states, call, index)
+            self._run(index)
         except _Reached as reached:
             return reached.inputs
         finally:
             handle.remove()
         raise RuntimeError(f"{stage.linears[0]} was not reached")
 
-    def run(self, states: Tensor, call: dict[str, Any], index: int) -> Tensor:
-        """The layer's output."""
+    def finish(self) -> None:
+        """Send all chunks through the whole layer."""
+        self.enter(None)
+        for index in range(len(self._stream.states)):
+            self._stream.out.append(self._run(index))
+        for outputs in self._outputs.values():
+            outputs.clear()
+
+    def _run(self, index: int) -> Tensor:
         with contextlib.ExitStack() as restore:
             for name, outputs in self._outputs.items():
                 child = self._layer.get_submodule(name)
@@ -184,12 +224,7 @@ class _Children:
                     others = self._others[name]
                     answer = outputs[index] if others is None else (outputs[index], *others)
                     restore.enter_context(_answers(child, answer))
-            return _states(self._layer(states, **call))
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        for outputs in self._outputs.values():
-            outputs.clear()
+            return _states(self._layer(self._stream.states[index], **self._stream.call))
 
     def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_: nn.Module, __: Any, output: Any) -> None:

@@ -7,8 +7,9 @@ ends with the same bytes.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from .chunks import Chunks
 from .formats.quantized import QuantizedLinear
 from .formats.scheme import Scheme
 from .journal import Journal
-from .layer import empty, fill, run_layer
+from .layer import Stream, empty, fill, run_layer
 from .merged_weights import MergedWeights
 from .quantize_stage import StageSettings, quantize_stage
 from .rounding.gram import GramSum
 from .rounding.linear import Rounded
 from .structure import Stage, Structure, layer_calls
+
+STATES = "states"  # hidden states of the model as far as it is quantised
+ORIGINALS = "states-original"  # those of the original model, for the correction
 
 Pack = Callable[[QuantizedLinear, str], dict[str, Tensor]]
 
@@ -127,25 +131,32 @@ def quantize_layers(
     calls = layer_calls(structure.model, structure.layers, blank)
     spilled = journal.folder / "spilled" if compute.spills(structure, windows.numel()) else None
     stores = _Stores(spilled, compute.device)
-    begun, states = _resume(journal, stores, structure.count)
-    if states is None:
-        states = _embed(source, structure, windows, compute, stores)
+    kinds = (STATES, ORIGINALS) if settings.correction else (STATES,)
+    begun, before = _resume(journal, stores, structure.count, kinds)
+    if before is None:
+        embedded = _embed(source, structure, windows, compute, stores)
+        before = dict.fromkeys(kinds, embedded)
     for index in range(begun, structure.count):
         layer = structure.layer(index)
         fill(layer, f"{structure.layers}.{index}", source, dtype=compute.dtype, device=compute.device)
         work = _Layer(structure, source, index, schemes, settings, pack, progress)
-        after = stores.new()
-        run_layer(
-            layer, _on(calls[index], compute.device), states, after, structure.stages, work.stage, stores.new
-        )
+        call = _on(calls[index], compute.device)
+        streams = {STATES: Stream(layer, call, before[STATES], stores.new())}
+        if ORIGINALS in kinds:
+            streams[ORIGINALS] = Stream(copy.deepcopy(layer), call, before[ORIGINALS], stores.new())
+        run_layer(streams[STATES], structure.stages, work.stage, stores.new, streams.get(ORIGINALS))
         empty(layer)
-        states.clear()
-        states = after
-        if index + 1 < structure.count or settings.keep_last_states:
-            journal.save(f"states-{index + 1}", states.by_name())
+        for states in before.values():
+            states.clear()
+        before = {kind: stream.out for kind, stream in streams.items()}
+        for kind in reversed(kinds):
+            if index + 1 < structure.count or (kind == STATES and settings.keep_last_states):
+                journal.save(f"{kind}-{index + 1}", before[kind].by_name())
         journal.save(f"layer-{index}", work.tensors(), {"errors": work.errors, "seconds": work.seconds()})
-        journal.drop(f"states-{index}")
-    states.clear()
+        for kind in kinds:
+            journal.drop(f"{kind}-{index}")
+    for states in before.values():
+        states.clear()
 
 
 class _Layer:
@@ -236,21 +247,25 @@ class _Stores:
         return Chunks(file, device=self._device)
 
 
-def _resume(journal: Journal, stores: _Stores, count: int) -> tuple[int, Chunks | None]:
-    """The first layer that is not done, and the states before it."""
+def _resume(
+    journal: Journal, stores: _Stores, count: int, kinds: Sequence[str]
+) -> tuple[int, dict[str, Chunks] | None]:
+    """The first layer that is not done, and the states of each kind before it."""
     done = 0
     while done < count and f"layer-{done}" in journal:
         done += 1
     if done == count:
-        return done, stores.new()
-    while done and f"states-{done}" not in journal:
+        return done, {}
+    while done and any(f"{kind}-{done}" not in journal for kind in kinds):
         done -= 1  # the states behind the last layer were damaged: from an earlier one, which has none but 0
     if not done:
         return 0, None
-    states = stores.new()
-    for name in sorted(journal.specs(f"states-{done}")):
-        states.append(journal.tensor(f"states-{done}", name))
-    return done, states
+    before = {}
+    for kind in kinds:
+        before[kind] = stores.new()
+        for name in sorted(journal.specs(f"{kind}-{done}")):
+            before[kind].append(journal.tensor(f"{kind}-{done}", name))
+    return done, before
 
 
 def _embed(

@@ -13,7 +13,7 @@ from .awq.stage import Stored, fold_scales, scaled, why_not
 from .errors import ExportError
 from .formats.scheme import Scheme
 from .layer import put_dequantized
-from .rounding.correction import corrected_weight
+from .rounding.correction import corrected_weight, drift
 from .rounding.curvature import ActOrder, Curvature, curvature
 from .rounding.gram import GramSum
 from .rounding.linear import Rounded, Rounding, round_linears
@@ -54,8 +54,6 @@ class StageSettings:
     def __post_init__(self) -> None:
         if self.clip:
             raise ExportError("clip True is not supported yet; use False")
-        if self.correction:
-            raise ExportError(f"correction {self.correction:g} is not supported yet; use 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,9 @@ def _corrected(
 ) -> dict[str, Tensor]:
     if sums.cross is None:
         raise ValueError("sums.cross is missing: the correction compares with the original model's inputs")
-    return {name: corrected_weight(its, sums.cross, found, strength) for name, its in weights.items()}
+    moved = drift(sums.cross, found)
+    sums.cross = None  # its memory is used up
+    return {name: corrected_weight(its, moved, found, strength) for name, its in weights.items()}
 
 
 def _notes(sums: GramSum, found: Curvature, settings: StageSettings) -> list[str]:

@@ -74,9 +74,7 @@ class QuantizedLinear:
         """Rows first .. last - 1 of W, as views."""
         part = slice(first, last)
         zeros = None if self.zeros is None else self.zeros[part]
-        return QuantizedLinear(
-            self.q[part], self.scales[part], zeros, self.g_idx, self.bits, self.group_size
-        )
+        return QuantizedLinear(self.q[part], self.scales[part], zeros, self.g_idx, self.bits, self.group_size)
 
     def dequantize(self) -> Tensor:
         """W, [N, K] float32: exact, as an fp16 scale times a small integer has 24 bits or fewer."""

@@ -110,7 +110,7 @@ def _fields(rows: _Rows) -> tuple[Tensor, ...]:
 def _round_rows(
     weight: Tensor, curvature: Curvature, scheme: Scheme, rounding: Rounding, refine: int, lowest_zero: int
 ) -> _Rows:
-    placed = weight.to(torch.float32).t()[curvature.columns]  # [K, n] in places
+    placed = weight.detach().to(torch.float32).t()[curvature.columns]  # [K, n] in places
     groups = _groups(curvature, scheme)
     grid = search_grid(placed, curvature.importance, scheme, groups, lowest_zero=lowest_zero)
     if rounding == "nearest":
