@@ -14,6 +14,7 @@ from .terminal import console
 app = typer.Typer(no_args_is_help=True)
 app.command("gptq")(export_quantize.gptq)
 app.command("awq")(export_quantize.awq)
+app.command("verify")(export_quantize.verify)
 
 
 class Base(str, Enum):

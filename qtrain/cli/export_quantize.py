@@ -158,6 +158,32 @@ def awq(
     _export("awq", source, symmetric=not zero_point, **_but(locals(), "source", "zero_point"))
 
 
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A quantised model folder, whoever wrote it.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The 16-bit run or model (default: what the manifest says).", show_default=False),
+    ] = None,
+    gate: Gate = None,
+    data: Data = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to measure on.", show_default="8")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Cut those rows there.", show_default="512")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Read a quantised folder back from its files and compare it with the model that it was made of.
+
+    GPTQ (v1, v2), AWQ GEMM and compressed-tensors pack-quantized. Damaged: exit code 2; below the gate: 1.
+    """
+    from qtrain.export_command.verify import VerifyOptions, export_verify
+
+    options = VerifyOptions(reference, gate, data or [], rows, tokens, device)
+    export_verify(folder, options, console())
+
+
 def _but(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 

@@ -20,8 +20,9 @@ from qtrain.export.assemble import (
     write_quantized,
 )
 from qtrain.export.calibration import Calibration
+from qtrain.export.checkpoint import INDEX
 from qtrain.export.containers import HEAD, pack, quantization_config
-from qtrain.export.disk import check_room, parse_size, size_text
+from qtrain.export.disk import check_room, parse_size, sha256, size_text
 from qtrain.export.errors import ExportError
 from qtrain.export.formats import gptq
 from qtrain.export.formats.scheme import Scheme
@@ -43,7 +44,7 @@ from .quantize_options import QuantizeOptions, Settings, check_options
 from .quantize_plan import show_plan
 from .rows import Windows, stop_check
 from .source import TEMPLATE, Source, find_source
-from .verdict import show_verdict
+from .verdict import say, show_verdict, warn
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,9 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
     calibration, held_out = calibration_and_held_out(source, settings.rows, structure.model.config)
     for line in [*source.notes, calibration.note()]:
         if line:
-            _say(console, f"note: {line}")
+            say(console, f"note: {line}")
     for line in warnings:
-        _warn(console, line)
+        warn(console, line)
     size = sum(spec.nbytes for spec in planned_specs(weights, schemes, settings.container))
     check_room(2 * size, out)  # the journal holds about as much as the checkpoint, until it is there
     return Job(
@@ -190,7 +191,7 @@ def _one_thread_count(journal: Journal, console: Console) -> None:
     if "begun" in journal:
         threads = int(journal.notes("begun")["threads"])
         if threads != torch.get_num_threads():
-            _say(console, f"note: {threads} threads, with which this export was begun")
+            say(console, f"note: {threads} threads, with which this export was begun")
             torch.set_num_threads(threads)
         return
     journal.save("begun", {}, {"threads": torch.get_num_threads()})
@@ -206,9 +207,9 @@ def _quantize(job: Job, journal: Journal, console: Console) -> None:
     head = job.schemes.get(HEAD)
     done = sum(f"layer-{index}" in journal for index in range(job.structure.count))
     if done:
-        _say(console, f"resumed: {done} of {job.structure.count} layers are done already")
+        say(console, f"resumed: {done} of {job.structure.count} layers are done already")
     for name in journal.dropped:
-        _warn(console, f"{journal.folder}: {name} is damaged and is made again")
+        warn(console, f"{journal.folder}: {name} is damaged and is made again")
     with module_progress(console, job.structure.count, len(job.structure.linears()), done) as progress:
         quantize_layers(
             job.structure,
@@ -232,14 +233,14 @@ def _show_notes(progress: ModuleProgress, console: Console) -> None:
     for note, count in Counter(note for _, note in progress.notes).items():
         first = next(module for module, its in progress.notes if its == note)
         more = f" (and {count - 1} more modules)" if count > 1 else ""
-        _warn(console, f"{first}{more}: {note}")
+        warn(console, f"{first}{more}: {note}")
 
 
 def _publish(job: Job, journal: Journal, seconds: float, console: Console) -> tuple[Verdict | None, Path]:
     """The checkpoint under its name, or under `<name>.rejected`."""
     dtype = stored_dtype(job.weights, job.schemes)
     if dtype.reason:
-        _warn(console, dtype.reason)
+        warn(console, dtype.reason)
     quantization = quantization_config(
         job.settings.container,
         job.settings.scheme,
@@ -249,7 +250,7 @@ def _publish(job: Job, journal: Journal, seconds: float, console: Console) -> tu
     )
     size = parse_size(job.options.max_shard_size)
     with CheckpointWriter(job.out, max_shard_bytes=size, force=job.options.force) as writer:
-        _say(console, "writing the checkpoint")
+        say(console, "writing the checkpoint")
         write_quantized(writer, journal, job.weights, dtype.dtype)
         writer.copy_side_files(job.source.base)
         if job.source.template is not None:
@@ -259,7 +260,7 @@ def _publish(job: Job, journal: Journal, seconds: float, console: Console) -> tu
         folder = writer.seal(quantized_config(job.weights, dtype, quantization))
         stops = stop_check(job.source, folder)
         if stops["note"]:
-            _warn(console, stops["note"])
+            warn(console, stops["note"])
         verdict = _measure(job, folder, stops, console)
         failed = verdict is not None and bool(verdict.failures)
         manifest = _manifest(job, journal, writer, dtype, seconds)
@@ -276,10 +277,10 @@ def _measure(job: Job, folder: Path, stops: dict[str, Any], console: Console) ->
     if not windows:
         if job.settings.bounds is not None:
             raise ExportError(f"the gate has no rows to measure on: {job.held_out.missing}; or --gate off")
-        _say(console, f"not measured: {job.held_out.missing}")
+        say(console, f"not measured: {job.held_out.missing}")
         return None
     if not job.held_out.held_out:
-        _say(console, "note: no rows were left to hold out; measured on rows that it was calibrated on")
+        say(console, "note: no rows were left to hold out; measured on rows that it was calibrated on")
     return measure(
         job.weights,
         folder,
@@ -287,7 +288,7 @@ def _measure(job: Job, folder: Path, stops: dict[str, Any], console: Console) ->
         stop_id=stops.get("turn_end_id"),
         bounds=job.settings.bounds,
         device=job.compute.device,
-        say=lambda line: _say(console, f"measuring: {line}"),
+        say=lambda line: say(console, f"measuring: {line}"),
     )
 
 
@@ -295,16 +296,21 @@ def _gate(job: Job, verdict: Verdict | None) -> dict[str, Any]:
     rows = job.settings.rows
     return job.held_out.as_dict() | {
         "settings": {
-            "data": rows.data,
+            "data": _absolute(rows.data),
             "rows": rows.rows,
             "tokens": rows.tokens,
-            "calib_data": rows.files,
+            "calib_data": _absolute(rows.files),
             "calib": rows.calib,
             "calib_length": rows.length,
             "seed": rows.seed,
         },
         "result": None if verdict is None else verdict.as_dict(),
     }
+
+
+def _absolute(names: list[str]) -> list[str]:
+    """Files by their whole path, so that they are found from everywhere; names on the hub as they are."""
+    return [str(Path(name).resolve()) if Path(name).is_file() else name for name in names]
 
 
 def _manifest(
@@ -320,17 +326,21 @@ def _manifest(
     return {
         "kind": job.options.algorithm,
         **provenance(),
-        "run": None if job.source.run is None else str(job.source.run.path),
+        "run": None if job.source.run is None else str(job.source.run.path.resolve()),
         "source": job.source.name,
         "base": {
             "name": job.source.model.name,
-            "folder": str(job.source.base),
+            "folder": str(job.source.base.resolve()),
             "files": job.source.files,
             "weights": job.weights.base,
         },
         "adapter": None
         if adapter is None
-        else {"folder": str(adapter.folder), "files": adapter.hashes(), "modules": len(adapter.shapes)},
+        else {
+            "folder": str(adapter.folder.resolve()),
+            "files": adapter.hashes(),
+            "modules": len(adapter.shapes),
+        },
         "format": job.settings.container,
         "scheme": asdict(job.settings.scheme),
         "schemes": _compact(job.schemes),
@@ -345,6 +355,11 @@ def _manifest(
         "seconds": round(seconds, 1),
         "notes": [*job.source.notes, *job.warnings],
         "files": writer.hashes(),
+        "written_files": {
+            name: sha256(writer.partial / name)
+            for name in ("config.json", gptq.CONFIG_FILE, INDEX)
+            if (writer.partial / name).is_file()
+        },
         "copied_files": writer.side_files,
     }
 
@@ -372,11 +387,3 @@ def _show_result(job: Job, place: Path, writer: CheckpointWriter, failed: bool, 
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _warn(console: Console, line: str) -> None:
-    console.print(f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)

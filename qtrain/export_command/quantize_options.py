@@ -92,11 +92,11 @@ def check_options(options: QuantizeOptions) -> Settings:
         ExportError: names the option, the value and what it may be.
     """
     for name, allowed in CHOICES.items():
-        _one_of(name, str(getattr(options, name.replace("-", "_"))), allowed)
-    _one_of("format", options.container, CONTAINERS[options.algorithm])
+        one_of(name, str(getattr(options, name.replace("-", "_"))), allowed)
+    one_of("format", options.container, CONTAINERS[options.algorithm])
     container: Container = options.container  # type: ignore[assignment]  # it is one of them
-    _one_of("bits", options.bits, (2, 4, 8))
-    _one_of("group-size", options.group_size, (*reversed(GROUP_SIZES), -1))
+    one_of("bits", options.bits, (2, 4, 8))
+    one_of("group-size", options.group_size, (*reversed(GROUP_SIZES), -1))
     _within("damp", options.damp, 0.0, 1.0)
     _within("correction", options.correction, 0.0, 1.0)
     _within("calib", options.calib, 1)
@@ -136,7 +136,12 @@ def check_options(options: QuantizeOptions) -> Settings:
     return Settings(container, scheme, StageSettings(**stage), changes, lm_head, rows, bounds)
 
 
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse a value that an option can't have.
+
+    Raises:
+        ExportError: says what it may be, and the nearest.
+    """
     if value in allowed:
         return
     words = [str(word) for word in allowed]

@@ -43,3 +43,13 @@ def _most(bound: float | None) -> str:
 
 def _least(bound: float | None) -> str:
     return "" if not bound else f">= {bound:g}"
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(console: Console, line: str) -> None:
+    """A line that should not be missed."""
+    console.print(f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
