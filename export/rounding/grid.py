@@ -13,9 +13,9 @@ from torch import Tensor
 from ..formats.scheme import Scheme
 
 SMALLEST = 2.0**-20  # of a scale, in float16; an all-zero group has some scale too
-# The range that a group's scale covers, relative to what its largest weight needs. Below 0.8 more is lost by
-# clipping than the finer steps gain in every layer that was looked at; above 1 the largest falls on a step.
-RANGES = tuple(0.8 + 0.025 * step for step in range(17))
+# The range that a group's scale covers, relative to what its largest weight needs. Clipping down to a half
+# pays where the largest weight meets inputs that are small; above 1 the largest falls on a step.
+RANGES = tuple(0.5 + 0.025 * step for step in range(23))
 
 
 @dataclass(frozen=True, slots=True)

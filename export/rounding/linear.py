@@ -55,7 +55,7 @@ def round_linears(
         weights: any float dtype.
         curvature: of the inputs, ordered `full` where scheme.desc_act.
         scheme: bits, group size, symmetry, order; the group size divides K.
-        rounding: `nearest` chooses scales by the curvature, then the nearest values.
+        rounding: `nearest` chooses scales by the inputs' activity, then the nearest values.
         refine: rounds of least-squares scales and coordinate descent after rounding with feedback.
         lowest_zero: of asymmetric zeros; GPTQ's readers disagree on 0.
         names: of the modules, for errors.
@@ -112,7 +112,7 @@ def _round_rows(
 ) -> _Rows:
     placed = weight.detach().to(torch.float32).t()[curvature.columns]  # [K, n] in places
     groups = _groups(curvature, scheme)
-    grid = search_grid(placed, curvature.importance, scheme, groups, lowest_zero=lowest_zero)
+    grid = search_grid(placed, curvature.activity, scheme, groups, lowest_zero=lowest_zero)
     if rounding == "nearest":
         q = nearest(placed, grid.scales[groups], grid.zeros[groups], grid.top)
         error, energy = None, output_energy(placed, curvature.factor)

@@ -147,9 +147,8 @@ def test_correction_is_that_of_the_original_models_inputs(tmp_path: Path) -> Non
     plain = round_linears([weight], h, SCHEME, refine=0)[0].linear.dequantize()
     assert (found[name] != plain).float().mean() > 0.1
     parts = dequantized(quantize(folder, tmp_path / "parts", settings=settings, at_once=1, in_memory=0))
-    for stage in ("self_attn.o_proj", "mlp.gate_proj"):  # later ones are shifted by whichever tie fell here
-        name = f"model.layers.0.{stage}"
-        assert (parts[name] != found[name]).float().mean() < 0.03
+    name = "model.layers.0.self_attn.o_proj"  # later ones are shifted by any tie that fell here
+    assert (parts[name] != found[name]).float().mean() < 0.03
 
 
 def load_float32(folder: Path) -> Any:
