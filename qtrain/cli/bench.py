@@ -5,11 +5,15 @@ from __future__ import annotations
 import typer
 
 from qtrain.bench.cards_command import cards
+from qtrain.bench.compare_command import compare
 from qtrain.bench.kernels_command import kernels
+from qtrain.bench.quantizers_command import quantizers
 
 app = typer.Typer(no_args_is_help=True)
 app.command("cards")(cards)
 app.command("kernels")(kernels)
+app.command("compare")(compare)
+app.command("quantizers")(quantizers)
 
 
 @app.callback()

@@ -1,0 +1,298 @@
+"""Two results of one benchmark, row by row: ratios of medians with intervals, and verdicts.
+
+The ratio is B's median over A's. For a difference, the 95 % bootstrap interval of the ratio has to clear 1 by
+more than the noise floor: how far a variant timed twice in one file (its A/A run) was from itself. What the
+files state counts, in the worse of the two; where they state none, what A's rows give, or else B's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .results import AGAIN, BROKEN, MEMORY, OK, OURS, TIME, Figure, Key, Results, ResultsError, Row
+from .statistics import Ratio, median, ratio_of_medians
+
+Change = Literal["better", "worse", "same", "unknown"]
+
+LEAST_FLOOR = 0.01  # of every ratio: what is smaller is no difference to anyone
+# Resident memory comes in pages, arenas and the allocator's habits; one figure of it has no interval
+LEAST_MEMORY_FLOOR, MEMORY_GRAIN = 0.05, 1 << 20
+RESAMPLES = 1000  # of samples by process, each of which is drawn in a loop
+TIMES = (TIME, "CPU time", "wall time", "TTFT", "TPOT")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure of one row that both files have."""
+
+    row: Row
+    a: Figure
+    b: Figure
+    ratio: Ratio | None
+    """B / A; without width where one of them is a single value; None where A is 0."""
+    floor: float
+    measured_floor: bool
+    """Whether `floor` comes of an A/A run."""
+    change: Change
+
+    @property
+    def verdict(self) -> str:
+        """In words: of times `faster` and `slower`."""
+        if self.change == "same":
+            return "no difference"
+        if self.change == "unknown":
+            return "one sample each"
+        if self.a.name in TIMES:
+            return "faster" if self.change == "better" else "slower"
+        return str(self.change)
+
+
+@dataclass(frozen=True, slots=True)
+class Untimed:
+    """A row of both files that has figures in one of them only, or in none."""
+
+    row: Row
+    a: str
+    b: str  # the statuses
+
+    @property
+    def broke(self) -> bool:
+        """It worked in A and was tried in vain in B."""
+        return self.a == OK and self.b.startswith(BROKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that two files say of each other."""
+
+    a: Results
+    b: Results
+    lines: list[Line]
+    untimed: list[Untimed]
+    only_a: list[Row]
+    only_b: list[Row]
+    notes: list[str]
+
+    @property
+    def regressions(self) -> list[Line | Untimed]:
+        """What is worse in B beyond the noise floor, or broke."""
+        worse: list[Line | Untimed] = [line for line in self.lines if line.change == "worse"]
+        return [*worse, *(one for one in self.untimed if one.broke)]
+
+    @property
+    def improvements(self) -> list[Line]:
+        """What is better in B beyond the noise floor."""
+        return [line for line in self.lines if line.change == "better"]
+
+
+def compare(
+    a: Results,
+    b: Results,
+    *,
+    force: bool = False,
+    figures: Sequence[str] = (),
+    least_floor: float = LEAST_FLOOR,
+    seed: int = 0,
+) -> Comparison:
+    """B against A; `figures` are names of those compared, all if none are given.
+
+    Raises:
+        ResultsError: the files are of different benchmarks, or (without `force`) of different machines,
+            threads or settings; they have no row in common; no row has a figure of such a name.
+    """
+    if a.kind != b.kind:
+        raise ResultsError(f"{a.path} holds {a.kind}, {b.path} {b.kind}: compare results of one benchmark")
+    differences = setting_differences(a, b)
+    if differences and not force:
+        raise ResultsError(
+            f"{a.path} and {b.path} differ in {'; '.join(differences)}: no ratio would tell that from the "
+            "code's part; --force compares anyway"
+        )
+    theirs = {row.key: row for row in b.rows}
+    pairs = [(row, theirs[row.key]) for row in a.rows if row.key in theirs]
+    if not pairs:
+        raise ResultsError(f"{a.path} and {b.path} have no row in common")
+    mine = {row.key for row in a.rows}
+    floors = (Floors(a, seed), Floors(b, seed))
+    lines = [
+        _line(first, second, name, floors, least_floor, seed)
+        for first, second in pairs
+        for name in first.figures
+        if name in second.figures and (not figures or name in figures)
+    ]
+    if figures and not lines:
+        there = ", ".join(dict.fromkeys(name for row in a.rows for name in row.figures))
+        raise ResultsError(f"--figure {figures[0]}: the rows of {a.path} have {there}")
+    notes = [f"compared although they differ in {'; '.join(differences)}"] if differences else []
+    return Comparison(
+        a,
+        b,
+        lines,
+        [_untimed(first, second) for first, second in pairs if not (first.figures and second.figures)],
+        [row for row in a.rows if row.key not in theirs],
+        [row for row in b.rows if row.key not in mine],
+        [*notes, *_notes(a, b, lines)],
+    )
+
+
+def setting_differences(a: Results, b: Results) -> list[str]:
+    """`threads (2, 4)`: what decides a speed, and is not the code."""
+    return [
+        f"{name} ({a.setting.get(name, 'not stated')}, {b.setting.get(name, 'not stated')})"
+        for name in dict.fromkeys([*a.setting, *b.setting])
+        if a.setting.get(name) != b.setting.get(name)
+    ]
+
+
+class Floors:
+    """The noise floors of one file, from its A/A rows, each computed once."""
+
+    def __init__(self, results: Results, seed: int) -> None:
+        self._seed = seed
+        first = {row.key: row for row in results.rows if not row.variant.endswith(AGAIN)}
+        self._pairs = [
+            (first[row.key_of_first], row)
+            for row in results.rows
+            if row.variant.endswith(AGAIN) and row.key_of_first in first
+        ]
+        self._found: dict[tuple[Key, str], float | None] = {}
+
+    def of(self, row: Row, name: str) -> float | None:
+        """What the file states; else of the A/A run of the row's case, or the largest of its op and pass."""
+        if name == TIME and row.noise_floor is not None:
+            return row.noise_floor
+        own = self._largest(row.case, [pair for pair in self._pairs if pair[1].case == row.case], name)
+        if own is not None:
+            return own
+        wide: Key = (row.op, "", row.phase, "", "")
+        alike = [pair for pair in self._pairs if (pair[1].op, pair[1].phase) == (row.op, row.phase)]
+        return self._largest(wide, alike, name)
+
+    def _largest(self, key: Key, pairs: Sequence[tuple[Row, Row]], name: str) -> float | None:
+        if (key, name) not in self._found:
+            both = [
+                (first.figures[name], again.figures[name])
+                for first, again in pairs
+                if name in first.figures and name in again.figures
+            ]
+            self._found[key, name] = max(
+                (_distance(x, y, self._seed) for x, y in both if min(x.p05, y.p05) > 0),
+                default=None,
+            )
+        return self._found[key, name]
+
+
+def _line(first: Row, second: Row, name: str, floors: tuple[Floors, Floors], least: float, seed: int) -> Line:
+    a, b = first.figures[name], second.figures[name]
+    measured = [one.of(row, name) for one, row in zip(floors, (first, second), strict=True)]
+    known = [floor for floor in measured if floor is not None]
+    if name != TIME or None in (first.noise_floor, second.noise_floor):
+        known = known[:1]
+    floor = max([least, *known, *([LEAST_MEMORY_FLOOR] if a.unit == "bytes" and name != "size" else [])])
+    ratio = _ratio(a, b, seed)
+    return Line(first, a, b, ratio, floor, bool(known), _change(a, b, ratio, floor, bool(known)))
+
+
+def _ratio(a: Figure, b: Figure, seed: int) -> Ratio | None:
+    if min(min(run) for one in (a, b) for run in one.runs) <= 0:
+        return Ratio(b.p50 / a.p50, b.p50 / a.p50, b.p50 / a.p50) if a.p50 > 0 else None
+    return ratio_of_medians(b.runs, a.runs, seed=seed, resamples=RESAMPLES)
+
+
+def _distance(first: Figure, again: Figure, seed: int) -> float:
+    """As `statistics.noise_floor`."""
+    ratio = ratio_of_medians(first.runs, again.runs, seed=seed, resamples=RESAMPLES)
+    return max(abs(ratio.low - 1), abs(ratio.high - 1))
+
+
+def _change(a: Figure, b: Figure, ratio: Ratio | None, floor: float, measured: bool) -> Change:
+    """One sample of a time says nothing without an A/A run; sizes and errors don't vary of themselves."""
+    if a.name in TIMES and max(a.n, b.n) == 1 and not measured:
+        return "unknown"
+    if a.name == MEMORY and abs(b.p50 - a.p50) < MEMORY_GRAIN:
+        return "same"
+    if ratio is None:
+        said = "same" if a.p50 == b.p50 else "more" if b.p50 > a.p50 else "less"
+    else:
+        said = ratio.verdict(floor)
+    if said not in ("more", "less"):
+        return "same"
+    return "better" if said == a.better else "worse"
+
+
+def _untimed(first: Row, second: Row) -> Untimed:
+    said = [f"{row.status}: {row.reason}" if row.reason else row.status for row in (first, second)]
+    return Untimed(first, *said)
+
+
+def _notes(a: Results, b: Results, lines: Sequence[Line]) -> Iterator[str]:
+    changed = [
+        f"{name} {a.versions.get(name) or 'absent'} -> {b.versions.get(name) or 'absent'}"
+        for name in dict.fromkeys([*a.versions, *b.versions])
+        if a.versions.get(name) != b.versions.get(name)
+    ]
+    if changed:
+        yield f"versions differ: {', '.join(changed)}"
+    unmeasured = [line for line in lines if not line.measured_floor and line.a.name in TIMES]
+    if unmeasured:
+        yield (
+            f"{len(unmeasured)} of {len(lines)} figures have no A/A run: their noise floor is the least one, "
+            "and what the machine did between the two runs counts as a difference"
+        )
+    moved = [
+        line.ratio.estimate
+        for line in lines
+        if line.a.name == TIME and line.ratio is not None and not line.row.variant.startswith(OURS)
+    ]
+    if len(moved) >= 3:
+        yield (
+            f"drift: the {len(moved)} times of variants that are not qtrain's are {median([moved]):.2f} "
+            "times A's in the median"
+        )
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """JSON-ready."""
+
+    def about(results: Results) -> dict[str, Any]:
+        return {"path": str(results.path), "setting": dict(results.setting)} | dict(results.provenance)
+
+    def case(row: Row) -> dict[str, Any]:
+        return {
+            "op": row.op, "variant": row.variant, "pass": row.phase, "dtype": row.dtype,
+            "shape": dict(row.shape),
+        }  # fmt: skip
+
+    def side(figure: Figure) -> Mapping[str, float]:
+        return {"n": figure.n, "p05": figure.p05, "p50": figure.p50, "p95": figure.p95}
+
+    return {
+        "kind": comparison.a.kind,
+        "a": about(comparison.a),
+        "b": about(comparison.b),
+        "rows": [
+            case(line.row)
+            | {
+                "figure": line.a.name,
+                "unit": line.a.unit,
+                "a": side(line.a),
+                "b": side(line.b),
+                "ratio": None
+                if line.ratio is None
+                else [line.ratio.low, line.ratio.estimate, line.ratio.high],
+                "noise_floor": line.floor,
+                "noise_measured": line.measured_floor,
+                "verdict": line.verdict,
+            }
+            for line in comparison.lines
+        ],
+        "not_compared": [
+            case(one.row) | {"a": one.a, "b": one.b, "broke": one.broke} for one in comparison.untimed
+        ],
+        "only_in_a": [case(row) | {"status": row.status} for row in comparison.only_a],
+        "only_in_b": [case(row) | {"status": row.status} for row in comparison.only_b],
+        "notes": comparison.notes,
+        "regressions": len(comparison.regressions),
+    }
