@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .awq.stage import Stored, fold_scales, scaled, why_not
-from .errors import ExportError
 from .formats.scheme import Scheme
 from .layer import put_dequantized
-from .rounding.correction import corrected_weight, drift
+from .rounding.correction import corrected_weight, missing_products
 from .rounding.curvature import ActOrder, Curvature, curvature
 from .rounding.gram import GramSum
+from .rounding.grid import RANGES
 from .rounding.linear import Rounded, Rounding, round_linears
 from .structure import Link, Stage, linear
 
@@ -36,9 +36,6 @@ class StageSettings:
         scaling: `awq` chooses channel scales (awq/scales.py), folded into the norm or linear module before.
         clip: search how far each group's range is clipped, where rounding is to the nearest.
         correction: GPTAQ's strength, 0 .. 1.
-
-    Raises:
-        ExportError: a value that is not supported.
     """
 
     rounding: Rounding = "gptq"
@@ -51,9 +48,10 @@ class StageSettings:
     clip: bool = False
     correction: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.clip:
-            raise ExportError("clip True is not supported yet; use False")
+    @property
+    def ranges(self) -> tuple[float, ...]:
+        """What scales are searched among: feedback makes up for clipping, nearest values only where asked."""
+        return RANGES if self.rounding == "gptq" or self.clip else (1.0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +106,15 @@ def quantize_stage(
     if not alike:
         return result
     first = stage.linears[0]
-    found = curvature(sums.finish(), order=settings.act_order, damp=settings.damp, name=names[first])
-    notes = _notes(sums, found, settings)
     weights: dict[str, Tensor] = {
         name: linear(layer, name).weight.data for members in alike.values() for name in members
     }
-    if settings.correction:
-        weights = _corrected(weights, sums, found, settings.correction)
+    gram = sums.finish()
+    missing = missing_products(weights, sums.take_cross(), gram) if settings.correction else {}
+    found = curvature(gram, order=settings.act_order, damp=settings.damp, name=names[first])
+    notes = _notes(sums, found, settings)
+    for name, its in missing.items():
+        weights[name] = corrected_weight(weights[name], its, found, settings.correction)
     reason = why_not(stage, links, schemes, earlier) if settings.scaling == "awq" else ""
     if reason:
         notes.append(reason)
@@ -122,7 +122,16 @@ def quantize_stage(
     if reason is None:
         quantised = {name: scheme for scheme, members in alike.items() for name in members}
         folded = fold_scales(
-            layer, stage, links, weights, found, quantised, settings.rounding, earlier, stored
+            layer,
+            stage,
+            links,
+            weights,
+            found,
+            quantised,
+            settings.rounding,
+            settings.ranges,
+            earlier,
+            stored,
         )
         scales = folded.scales
         found = scaled(found, scales)
@@ -139,6 +148,7 @@ def quantize_stage(
             rounding=settings.rounding,
             refine=settings.refine,
             lowest_zero=settings.lowest_zero,
+            ranges=settings.ranges,
             names=[names[name] for name in members],
         )
         for name, its in zip(members, rounded, strict=True):
@@ -147,16 +157,6 @@ def quantize_stage(
             if scales is not None:
                 linear(layer, name).weight.div_(scales)
     return result
-
-
-def _corrected(
-    weights: Mapping[str, Tensor], sums: GramSum, found: Curvature, strength: float
-) -> dict[str, Tensor]:
-    if sums.cross is None:
-        raise ValueError("sums.cross is missing: the correction compares with the original model's inputs")
-    moved = drift(sums.cross, found)
-    sums.cross = None  # its memory is used up
-    return {name: corrected_weight(its, moved, found, strength) for name, its in weights.items()}
 
 
 def _notes(sums: GramSum, found: Curvature, settings: StageSettings) -> list[str]:

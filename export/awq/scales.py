@@ -11,9 +11,9 @@ c[k] / t[k]^2. Which c depends on what rounds:
     nearest   c[k] = H[k, k]     errors are independent of each other: E tr E H E^T = sum c e^2
     gptq      c[k] = R[k, k]^2   of H' = R^T R: what later columns can't make up for (rounding/curvature.py)
 
-AWQ (Lin et al. 2023) tries t = x^alpha and takes the one whose nearest rounding has the least error. Here the
-best of those (with and without the weights' magnitude) is where a descent on log t begins. Its gradient is
-2 (M[k] b[g] - a[g] c[k] / t[k]^2) with M[k] the part of a[g] whose range ends at column k.
+AWQ (Lin et al. 2023) tries t = x^alpha. Here the cheapest of those (with and without the weights' magnitude)
+is where a descent on log t begins. Its gradient is 2 (M[k] b[g] - a[g] c[k] / t[k]^2), with M[k] the part of
+a[g] whose range ends at column k.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ class Part:
 
 def channel_scales(
     parts: Sequence[Part], cost: Tensor, magnitude: Tensor, channels: Tensor | None = None
-) -> Tensor:
-    """t of least cost(t), [C] float32: one for each channel.
+) -> list[Tensor]:
+    """What to choose from, [C] float32 each, a value for each channel: first t of least cost(t), then others.
+
+    The others are 1, x^alpha and x^alpha / w^(1 - alpha), with x the inputs' magnitude and w the weights'.
 
     Args:
         parts: all weights that read the inputs.
@@ -64,21 +66,28 @@ def channel_scales(
     width = cost.numel()
     tied = torch.arange(width, device=cost.device) if channels is None else channels
     rows = [_Rows.of(part, cost) for part in parts]
-    start = min(
-        _candidates(rows, magnitude, tied), key=lambda t: float(sum(its.cost(t[tied]) for its in rows))
-    )
+    tried = _candidates(rows, magnitude, tied)
+    costs = [_cost(rows, scales[tied]) for scales in tried]
+    lowest = min(range(len(tried)), key=lambda index: costs[index])
+    found = _descend(rows, tried[lowest], tied)
+    return [found if _cost(rows, found[tied]) < costs[lowest] else tried[lowest], *tried]
+
+
+def _descend(rows: Sequence[_Rows], start: Tensor, tied: Tensor) -> Tensor:
     log_scales = start.log()
     momentum = torch.zeros_like(log_scales)
     for step in range(STEPS):
         slope, size = torch.zeros_like(log_scales), torch.zeros_like(log_scales)
+        scales = log_scales.exp()[tied]
         for its in rows:
-            its.slope(log_scales.exp()[tied], tied, slope, size)
+            its.slope(scales, tied, slope, size)
         momentum.mul_(MOMENTUM).add_(slope.div_(size).clamp_(-1, 1), alpha=1 - MOMENTUM)
         log_scales.sub_(momentum, alpha=RATE * (1 - step / STEPS))
-    scales = log_scales.exp()
-    if sum(its.cost(scales[tied]) for its in rows) > sum(its.cost(start[tied]) for its in rows):
-        scales = start
-    return _centred(scales)
+    return _centred(log_scales.exp())
+
+
+def _cost(rows: Sequence[_Rows], scales: Tensor) -> float:
+    return sum(its.cost(scales) for its in rows)
 
 
 def _centred(scales: Tensor) -> Tensor:

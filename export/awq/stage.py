@@ -13,6 +13,7 @@ from ..rounding.curvature import Curvature
 from ..rounding.linear import Rounded, Rounding
 from ..structure import Link, Stage, linear
 from .fold import channels_of, fold_rows, fold_vector, foldable_rows
+from .nearest import least_error
 from .scales import Part, channel_scales
 
 Stored = Callable[[str], Tensor]  # a parameter of the layer by its name, as the checkpoint has it
@@ -61,6 +62,7 @@ def fold_scales(
     found: Curvature,
     schemes: Mapping[str, Scheme],
     rounding: Rounding,
+    ranges: Sequence[float],
     earlier: Mapping[str, Rounded],
     stored: Stored,
 ) -> Folded:
@@ -69,34 +71,48 @@ def fold_scales(
     Args:
         weights: [N, K] of each module of the stage, not scaled.
         found: of the inputs, not scaled.
+        ranges: that the grids' scales are searched among.
         earlier: the layer's modules that are quantised already.
         stored: gives the norm and the bias.
     """
-    parts = [
-        Part(weights[name], column_groups(found, schemes[name]), schemes[name].symmetric, schemes[name].top)
-        for name in stage.linears
-    ]
-    squares = by_column(found, found.gram.diagonal())
-    cost = by_column(found, found.importance) if rounding == "gptq" else squares
+    link = None if stage.norm is not None else link_to(stage, links)
+    width, device = found.columns.numel(), found.columns.device
+    channels = torch.arange(width, device=device) if link is None else channels_of(link, width, device)
+    wanted = _choose(weights, found, schemes, rounding, ranges, channels)
     if stage.norm is not None:
         name = f"{stage.norm}.weight"
-        values = stored(name)
-        wanted = channel_scales(parts, cost, squares.sqrt())
-        folded, scales = fold_vector(values.to(wanted.device), wanted)
+        folded, scales = fold_vector(stored(name).to(device), wanted)
         return Folded(scales, {name: folded})
-    link = link_to(stage, links)
     if link is None:
         raise ValueError(f"{stage.linears[0]}: nothing before it takes the inverse of its scales")
-    channels = channels_of(link, squares.numel(), squares.device)
-    rows = channel_scales(parts, cost, squares.sqrt(), channels)
     before = earlier[link.before]
-    rows = foldable_rows(before.linear, rows)
+    rows = foldable_rows(before.linear, wanted)
     changed = {}
-    bias = f"{link.before}.bias"
     if linear(layer, link.before).bias is not None:
-        changed[bias], rows = fold_vector(stored(bias).to(rows.device), rows)
+        bias = f"{link.before}.bias"
+        changed[bias], rows = fold_vector(stored(bias).to(device), rows)
     rounded = {link.before: replace(before, linear=fold_rows(before.linear, rows))}
     return Folded(rows[channels], changed, rounded)
+
+
+def _choose(
+    weights: Mapping[str, Tensor],
+    found: Curvature,
+    schemes: Mapping[str, Scheme],
+    rounding: Rounding,
+    ranges: Sequence[float],
+    channels: Tensor,
+) -> Tensor:
+    """t of each channel, [C]."""
+    parts = [
+        Part(its, column_groups(found, schemes[name]), schemes[name].symmetric, schemes[name].top)
+        for name, its in weights.items()
+    ]
+    squares = by_column(found, found.gram.diagonal())
+    if rounding == "gptq":
+        return channel_scales(parts, by_column(found, found.importance), squares.sqrt(), channels)[0]
+    candidates = channel_scales(parts, squares, squares.sqrt(), channels)
+    return least_error(candidates, weights, schemes, found, ranges, channels)
 
 
 def link_to(stage: Stage, links: Sequence[Link]) -> Link | None:

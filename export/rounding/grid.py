@@ -5,6 +5,7 @@ Weights lie transposed here, [K, N], so that a column of W is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,13 @@ def storable(scales: Tensor) -> Tensor:
 
 
 def search_grid(
-    weight: Tensor, importance: Tensor, scheme: Scheme, groups: Tensor, *, lowest_zero: int = 0
+    weight: Tensor,
+    importance: Tensor,
+    scheme: Scheme,
+    groups: Tensor,
+    *,
+    lowest_zero: int = 0,
+    ranges: Sequence[float] = RANGES,
 ) -> Grid:
     """The scales and zeros that minimise sum over k of importance[k] (what[k, n] - weight[k, n])^2.
 
@@ -68,6 +75,7 @@ def search_grid(
         scheme: bits, group size, symmetry.
         groups: [K] int64, the group of each row of `weight`.
         lowest_zero: 1 where a format's readers disagree on a zero of 0.
+        ranges: that a scale may cover, relative to what the group's largest weight needs.
     """
     by_group = torch.argsort(groups, stable=True)
     count = scheme.groups(weight.shape[0])
@@ -83,7 +91,7 @@ def search_grid(
         zeros = (-low / base.clamp(min=SMALLEST)).round_().clamp_(lowest_zero, scheme.top)
     best = torch.full_like(base, float("inf"))
     scales = storable(base)
-    for covered in RANGES:
+    for covered in ranges:
         candidate = storable(base * covered)
         what = nearest(rows, candidate[:, None], zeros[:, None], scheme.top)
         what.sub_(zeros[:, None]).mul_(candidate[:, None])

@@ -14,7 +14,7 @@ from ..formats.quantized import QuantizedLinear
 from ..formats.scheme import Scheme
 from .curvature import Curvature
 from .feedback import round_with_feedback
-from .grid import nearest, search_grid
+from .grid import RANGES, nearest, search_grid
 from .refine import descend, least_squares_scales, output_energy
 
 Rounding = Literal["nearest", "gptq"]
@@ -47,6 +47,7 @@ def round_linears(
     rounding: Rounding = "gptq",
     refine: int = 2,
     lowest_zero: int = 0,
+    ranges: Sequence[float] = RANGES,
     names: Sequence[str] = (),
 ) -> list[Rounded]:
     """Quantise weights [N, K] of layers that read the same inputs.
@@ -58,6 +59,7 @@ def round_linears(
         rounding: `nearest` chooses scales by the inputs' activity, then the nearest values.
         refine: rounds of least-squares scales and coordinate descent after rounding with feedback.
         lowest_zero: of asymmetric zeros; GPTQ's readers disagree on 0.
+        ranges: that scales are searched among (grid.py); (1,) for those that the largest weights need.
         names: of the modules, for errors.
 
     Raises:
@@ -72,7 +74,7 @@ def round_linears(
     rows = []
     for group in groups:
         for part in (torch.cat(group) if len(group) > 1 else group[0]).split(at_once):
-            rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero))
+            rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero, ranges))
     whole = _Rows(*(torch.cat(parts) for parts in zip(*map(_fields, rows), strict=True)))
     g_idx = _g_idx(curvature, scheme)
     found = []
@@ -108,11 +110,17 @@ def _fields(rows: _Rows) -> tuple[Tensor, ...]:
 
 
 def _round_rows(
-    weight: Tensor, curvature: Curvature, scheme: Scheme, rounding: Rounding, refine: int, lowest_zero: int
+    weight: Tensor,
+    curvature: Curvature,
+    scheme: Scheme,
+    rounding: Rounding,
+    refine: int,
+    lowest_zero: int,
+    ranges: Sequence[float],
 ) -> _Rows:
     placed = weight.detach().to(torch.float32).t()[curvature.columns]  # [K, n] in places
     groups = _groups(curvature, scheme)
-    grid = search_grid(placed, curvature.activity, scheme, groups, lowest_zero=lowest_zero)
+    grid = search_grid(placed, curvature.activity, scheme, groups, lowest_zero=lowest_zero, ranges=ranges)
     if rounding == "nearest":
         q = nearest(placed, grid.scales[groups], grid.zeros[groups], grid.top)
         error, energy = None, output_energy(placed, curvature.factor)

@@ -91,6 +91,7 @@ def test_a_folded_model_is_the_same_function(architecture: str, tmp_path: Path) 
                 found,
                 schemes,
                 "gptq",
+                (1.0,),
                 earlier,
                 lambda name, its=parameters: its[name].float(),
             )
