@@ -87,7 +87,7 @@ def run_layer(
     kept: Callable[[], Chunks],
     original: Stream | None = None,
 ) -> None:
-    """Send all chunks through a layer and quantise it on the way.
+    """Send all chunks through a layer, quantise it on the way and give its weights' memory back.
 
     Args:
         stages: in the order of running.
@@ -111,11 +111,11 @@ def run_layer(
             sums = sums or _sums_for(inputs, reference)
             sums.add(inputs, reference)
             del inputs, reference  # rounding needs the memory
+        if beside is not None and stage is stages[-1]:  # rounding needs the memory of its weights as well
+            beside.finish()
         if sums is not None:
             on_stage(stage, sums)
-    for each in (running, beside):
-        if each is not None:
-            each.finish()
+    running.finish()
 
 
 def _run_once(stream: Stream, stages: Sequence[Stage], on_stage: OnStage, original: Stream | None) -> None:
@@ -133,6 +133,7 @@ def _run_once(stream: Stream, stages: Sequence[Stage], on_stage: OnStage, origin
 
     with _before_stages(stream.layer, stages, reached):
         stream.out.append(_states(stream.layer(stream.states[0], **stream.call)))
+    empty(stream.layer)
 
 
 def _run_original(original: Stream, stages: Sequence[Stage]) -> dict[Stage, Tensor]:
@@ -143,6 +144,7 @@ def _run_original(original: Stream, stages: Sequence[Stage]) -> dict[Stage, Tens
 
     with _before_stages(original.layer, stages, reached):
         original.out.append(_states(original.layer(original.states[0], **original.call)))
+    empty(original.layer)
     return seen
 
 
@@ -207,12 +209,13 @@ class _Children:
         raise RuntimeError(f"{stage.linears[0]} was not reached")
 
     def finish(self) -> None:
-        """Send all chunks through the whole layer."""
+        """Send all chunks through the whole layer, and give its weights back."""
         self.enter(None)
         for index in range(len(self._stream.states)):
             self._stream.out.append(self._run(index))
         for outputs in self._outputs.values():
             outputs.clear()
+        empty(self._layer)
 
     def _run(self, index: int) -> Tensor:
         with contextlib.ExitStack() as restore:

@@ -22,7 +22,7 @@ from .chunks import Chunks
 from .formats.quantized import QuantizedLinear
 from .formats.scheme import Scheme
 from .journal import Journal
-from .layer import Stream, empty, fill, run_layer
+from .layer import Stream, fill, run_layer
 from .merged_weights import MergedWeights
 from .quantize_stage import StageSettings, quantize_stage
 from .rounding.gram import GramSum
@@ -145,7 +145,6 @@ def quantize_layers(
         if ORIGINALS in kinds:
             streams[ORIGINALS] = Stream(copy.deepcopy(layer), call, before[ORIGINALS], stores.new())
         run_layer(streams[STATES], structure.stages, work.stage, stores.new, streams.get(ORIGINALS))
-        empty(layer)
         for states in before.values():
             states.clear()
         before = {kind: stream.out for kind, stream in streams.items()}

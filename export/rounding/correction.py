@@ -2,46 +2,58 @@
 
 min over V of sum over tokens |y W^T - x V^T|^2 = W + W (C - H) H'^-1
     y, x: inputs of the layer in the original and in the quantised model; C = sum y^T x, H = sum x^T x
+
+In two steps, so that C is gone before H is factored: W (C - H), then what that asks of the weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .curvature import Curvature, permute
+from .curvature import Curvature
 
 AT_ONCE = 2**23  # weights corrected at once
 
 
-def drift(cross: Tensor, curvature: Curvature) -> Tensor:
-    """C - H in places, [K, K] float32, in the memory of C.
+def missing_products(weights: Mapping[str, Tensor], cross: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    """W (C - H), [N, K] float32, of each weight: what its outputs lack, summed against x.
 
     Args:
-        cross: C, [K, K], columns as they stand in the model.
-        curvature: of x.
+        weights: W, [N, K] of any float dtype.
+        cross: C, [K, K]; its memory is used up.
+        gram: H, [K, K].
     """
-    permute(cross, curvature.columns)
-    mean = curvature.gram.diagonal().mean() / (1 + curvature.damp)
-    cross.sub_(curvature.gram).diagonal().add_(curvature.damp * mean)  # H, not H'
-    return cross
+    cross.sub_(gram)
+    found = {}
+    for name, weight in weights.items():
+        found[name] = torch.empty(weight.shape, device=cross.device)
+        for rows in _slices(weight):
+            torch.mm(weight[rows].to(torch.float32), cross, out=found[name][rows])
+    return found
 
 
-def corrected_weight(weight: Tensor, drift: Tensor, curvature: Curvature, strength: float = 1.0) -> Tensor:
+def corrected_weight(weight: Tensor, missing: Tensor, curvature: Curvature, strength: float = 1.0) -> Tensor:
     """W + strength W (C - H) H'^-1, [N, K] float32.
 
     Args:
         weight: W, [N, K].
-        drift: C - H in places.
+        missing: W (C - H); its memory becomes the result's.
         curvature: of x.
-        strength: 0 leaves W; 1 is the minimum, which a small calibration set takes too literally.
+        strength: 0 leaves W; 1 is the minimum.
     """
     columns = curvature.columns
-    corrected = weight.to(torch.float32, copy=True)
-    step = max(1, AT_ONCE // weight.shape[1])
-    for first in range(0, weight.shape[0], step):
-        rows = corrected[first : first + step]
-        right = rows[:, columns] @ drift  # [n, K] in places
-        shift = torch.cholesky_solve(right.t().contiguous(), curvature.factor, upper=True)  # [K, n]
-        rows[:, columns] += strength * shift.t()
-    return corrected
+    for rows in _slices(weight):
+        right = missing[rows].t()[columns]  # [K, n] in places
+        shift = torch.cholesky_solve(right, curvature.factor, upper=True)
+        missing[rows] = weight[rows]
+        missing[rows].t().index_add_(0, columns, shift, alpha=strength)
+    return missing
+
+
+def _slices(weight: Tensor) -> list[slice]:
+    rows, width = weight.shape
+    step = max(1, AT_ONCE // width)
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]

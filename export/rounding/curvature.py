@@ -78,7 +78,7 @@ def curvature(gram: Tensor, *, order: ActOrder = "static", damp: float = 0.01, n
             "or look for damaged weights in the layers before"
         )
     columns = _in_places(diagonal, order)
-    permute(gram, columns)
+    _permute(gram, columns)
     mean = float(diagonal.mean()) or 1.0  # inputs that are all zero leave the identity
     added = 0.0
     factor = torch.empty_like(gram)
@@ -100,7 +100,7 @@ def _in_places(diagonal: Tensor, order: ActOrder) -> Tensor:
     return torch.argsort(diagonal, stable=True)  # the most active column last, where rounding begins
 
 
-def permute(matrix: Tensor, columns: Tensor) -> None:
+def _permute(matrix: Tensor, columns: Tensor) -> None:
     """matrix[columns][:, columns] in its own memory, a strip at a time."""
     for strip in _strips(matrix):
         matrix[:, strip] = matrix[:, strip][columns]

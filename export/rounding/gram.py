@@ -46,6 +46,17 @@ class GramSum:
             self.cross.addmm_(reference.detach().reshape(-1, width).to(torch.float32).t(), x)
         self.tokens += x.shape[0]
 
+    def take_cross(self) -> Tensor:
+        """C, which is not kept any longer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.cross is None:
+            raise ValueError("the cross term is missing: this sum was not told to keep it")
+        cross, self.cross = self.cross, None
+        return cross
+
     def finish(self) -> Tensor:
         """Fill in the lower blocks; returns `gram`."""
         width = self.gram.shape[0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qtrain.export.errors import ExportError
 from qtrain.export.formats.scheme import Scheme
 from qtrain.export.rounding.cholesky import factor_in_place
-from qtrain.export.rounding.correction import corrected_weight, drift
+from qtrain.export.rounding.correction import corrected_weight, missing_products
 from qtrain.export.rounding.curvature import curvature
 from qtrain.export.rounding.gram import GramSum
 from qtrain.export.rounding.linear import round_linear, round_linears
@@ -181,14 +181,17 @@ def test_lowest_zero() -> None:
 def test_corrected_weight_is_the_least_squares_solution() -> None:
     x = inputs(512, 24).double()
     y = x + 0.3 * torch.randn(512, 24, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    w = weight(6, 24)
-    h = curvature((x.t() @ x).float(), damp=1e-6)
-    moved = drift((y.t() @ x).float(), h)
-    found = corrected_weight(w, moved, h)
+    w, h = weight(6, 24), (x.t() @ x).float()
+
+    def found(strength: float) -> torch.Tensor:
+        missing = missing_products({"w": w}, (y.t() @ x).float(), h)
+        return corrected_weight(w, missing["w"], curvature(h.clone(), damp=1e-6), strength)
+
     expected = torch.linalg.lstsq(x, y @ w.double().t()).solution.t()
     # float32 sums of 512 products; the correction itself is of the order of 0.1
-    assert torch.allclose(found.double(), expected, atol=5e-4)
-    assert torch.equal(corrected_weight(w, moved, h, strength=0.0), w)
+    assert torch.allclose(found(1.0).double(), expected, atol=5e-4)
+    assert torch.allclose(found(0.5).double(), (expected + w) / 2, atol=5e-4)
+    assert torch.equal(found(0.0), w)
 
 
 def test_gram_sum_is_the_sum_over_chunks() -> None:
