@@ -113,8 +113,8 @@ def quantize_stage(
     missing = missing_products(weights, sums.take_cross(), gram) if settings.correction else {}
     found = curvature(gram, order=settings.act_order, damp=settings.damp, name=names[first])
     notes = _notes(sums, found, settings)
-    for name, its in missing.items():
-        weights[name] = corrected_weight(weights[name], its, found, settings.correction)
+    for name, lacking in missing.items():
+        weights[name] = corrected_weight(weights[name], lacking, found, settings.correction)
     reason = why_not(stage, links, schemes, earlier) if settings.scaling == "awq" else ""
     if reason:
         notes.append(reason)
