@@ -75,7 +75,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype = torch.float32
     activation_bytes: int = 2**30
-    states_bytes: int = 2**30
+    states_bytes: int = 2**29
 
     def windows_at_once(self, structure: Structure, length: int) -> int:
         """Windows of a chunk."""
@@ -84,9 +84,11 @@ class Compute:
         left = max(self.activation_bytes - sums, self.activation_bytes // 4)
         return max(1, left // (length * bytes_per_token(structure, self.dtype)))
 
-    def spills(self, structure: Structure, tokens: int) -> bool:
-        """Whether hidden states lie in files."""
-        return 3 * tokens * structure.model.config.hidden_size * self.dtype.itemsize > self.states_bytes
+    def spills(self, structure: Structure, tokens: int, models: int = 1) -> bool:
+        """Whether hidden states lie in files; `models` is 2 where the original model runs beside."""
+        return (
+            3 * models * tokens * structure.model.config.hidden_size * self.dtype.itemsize > self.states_bytes
+        )
 
 
 def bytes_per_token(structure: Structure, dtype: torch.dtype) -> int:
@@ -129,9 +131,9 @@ def quantize_layers(
     length = windows.shape[1]
     blank = torch.zeros(1, length, structure.model.config.hidden_size, dtype=compute.dtype)
     calls = layer_calls(structure.model, structure.layers, blank)
-    spilled = journal.folder / "spilled" if compute.spills(structure, windows.numel()) else None
-    stores = _Stores(spilled, compute.device)
     kinds = (STATES, ORIGINALS) if settings.correction else (STATES,)
+    spills = compute.spills(structure, windows.numel(), len(kinds))
+    stores = _Stores(journal.folder / "spilled" if spills else None, compute.device)
     begun, before = _resume(journal, stores, structure.count, kinds)
     if before is None:
         embedded = _embed(source, structure, windows, compute, stores)
