@@ -36,6 +36,12 @@ def _slope(z, inv_cap):
 
 
 @triton.jit
+def _everywhere(scalar, block):
+    # for masks: Triton 3.9's interpreter makes integers of a comparison that is spread later
+    return tl.broadcast_to(scalar, block.shape)
+
+
+@triton.jit
 def _columns(H, BH: tl.constexpr):
     """Columns of this program's tile of H; those too many are 0, in whole groups of 16 as H is a multiple."""
     column = tl.program_id(0) * BH + tl.arange(0, BH)
@@ -199,7 +205,7 @@ def _accumulate_kernel(
     halves = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BH // 2)), (0, 2, 1)))
     for half in tl.static_range(2):
         part_ptr = u_ptr + half * (BH // 2) + u_place
-        before = tl.load(part_ptr, mask=add != 0, other=0.0)
+        before = tl.load(part_ptr, mask=_everywhere(add, part_ptr) != 0, other=0.0)
         tl.store(part_ptr, before * old + halves[half])
 
 
@@ -230,6 +236,7 @@ def _head_gradient_kernel(
         column = tl.program_id(0) * BH + half * (BH // 2) + tl.arange(0, BH // 2)[None, :]
         wanted = (word < vocab - first_word) & (column < H)
         place = word * H + column
-        total = halves[half] + tl.load(partial_ptr + place, mask=wanted & (add != 0), other=0.0)
-        tl.store(dw_ptr + place, total.to(dw_ptr.dtype.element_ty), mask=wanted & (final != 0))
-        tl.store(partial_ptr + place, total, mask=wanted & (final == 0))
+        begun, ended = _everywhere(add, place) != 0, _everywhere(final, place)
+        total = halves[half] + tl.load(partial_ptr + place, mask=wanted & begun, other=0.0)
+        tl.store(dw_ptr + place, total.to(dw_ptr.dtype.element_ty), mask=wanted & (ended != 0))
+        tl.store(partial_ptr + place, total, mask=wanted & (ended == 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logprob_gemm_triton import _above, _cap, _finite, _slope
+from .logprob_gemm_triton import _above, _cap, _everywhere, _finite, _slope
 
 
 @triton.jit(do_not_specialize=["first_tile", "tiles", "per_split", "add"])
@@ -26,7 +26,7 @@ def _units_kernel(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     place = split * padded + row
     max_ptr += tl.cast(first_tile + first, tl.int64) * padded
-    running = tl.load(running_ptr + place, mask=add != 0, other=-float("inf"))
+    running = tl.load(running_ptr + place, mask=_everywhere(add, row) != 0, other=-float("inf"))
     grown = running
     for j in range(0, count):
         grown = tl.maximum(grown, tl.load(max_ptr + tl.cast(j, tl.int64) * padded + row))
@@ -34,10 +34,11 @@ def _units_kernel(
     grown = _finite(grown)
     tl.store(old_ptr + place, tl.exp(running - grown))
     factor_ptr += first * padded
-    unit = tl.maximum(tl.load(max_ptr + row, mask=count > 0, other=0.0), grown - 40.0)
+    unit = tl.maximum(tl.load(max_ptr + row, mask=_everywhere(count, row) > 0, other=0.0), grown - 40.0)
     for j in range(0, count):
-        following = tl.load(max_ptr + tl.cast(j + 1, tl.int64) * padded + row, mask=j + 1 < count, other=0.0)
-        following = tl.where(j + 1 < count, tl.maximum(following, grown - 40.0), grown)
+        further = _everywhere(count, row) > j + 1
+        following = tl.load(max_ptr + tl.cast(j + 1, tl.int64) * padded + row, mask=further, other=0.0)
+        following = tl.where(further, tl.maximum(following, grown - 40.0), grown)
         tl.store(factor_ptr + j * padded + row, tl.exp(unit - following))
         unit = following
 

@@ -77,7 +77,7 @@ def _weight_grad_kernel(
     for m in range(0, tl.cdiv(rows, BM)):
         row = m * BM + step
         inside = (row < rows)[:, None]
-        first_row = (m * BM).to(tl.int64)
+        first_row = tl.cast(m * BM, tl.int64)
         small = tl.load(
             small_ptr + first_row * small_stride + small_place,
             mask=inside & (rank < RANK)[None, :],
