@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: demo test lint bench-train clean help
+.PHONY: demo test interop lint bench-quant bench-train clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,10 +29,17 @@ test: $(VENV)/.installed lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 
+interop: $(VENV)/.installed  ## what we write, read by vLLM, GPTQModel and transformers (installs them: 6 GB)
+	$(BIN)/python -m qtrain.bench.peers install --missing gptqmodel vllm
+	QTRAIN_INTEROP=1 $(BIN)/python -m pytest -v tests/interop
+
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
+
+bench-quant: $(VENV)/.installed  ## 4-bit exports against GPTQModel, llm-compressor and auto-round
+	$(BIN)/qtrain bench quantizers
 
 bench-train: $(VENV)/.installed  ## training steps against TRL and unsloth
 	$(BIN)/python -m qtrain.bench.train

@@ -18,11 +18,14 @@ CacheOption = Annotated[Path, typer.Option(help="Folder that holds peers/NAME.")
 def install(
     names: Annotated[list[str], typer.Argument(help=f"Any of: {', '.join(peer_names())}.")],
     cache: CacheOption = CACHE,
+    missing: Annotated[bool, typer.Option("--missing", help="Leave those that are installed.")] = False,
 ) -> None:
-    """Make the environments anew from their pins (some minutes and about 1.5 GB each)."""
+    """Make the environments anew from their pins (some minutes and 1.5 to 3.5 GB each)."""
     console = Console(stderr=True)
     try:
         for peer in [find_peer(name, cache) for name in names]:
+            if missing and not peer.missing():
+                continue
             peer.install(lambda line: console.print(line, highlight=False, markup=False))
     except PeerError as error:
         console.print(str(error), style="red", highlight=False, markup=False)
