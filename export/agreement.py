@@ -79,7 +79,12 @@ def agreement(
         kl_max,
         same / positions,
         difference,
-        math.exp(nll_p / max(targets, 1)),
-        math.exp(nll_q / max(targets, 1)),
+        _exp(nll_p / max(targets, 1)),
+        _exp(nll_q / max(targets, 1)),
         positions,
     )
+
+
+def _exp(mean: float) -> float:
+    """A perplexity beyond float64 is infinite."""
+    return math.exp(mean) if mean < 709 else math.inf

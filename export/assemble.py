@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .containers import SCALES, Container, packed_specs
+from .containers import HEAD, SCALES, Container, packed_specs
 from .errors import ExportError
 from .formats.scheme import Scheme
 from .journal import Journal
@@ -99,7 +99,7 @@ def write_quantized(
     entries = {
         name: entry
         for entry in journal.names()
-        if not entry.startswith("states-")
+        if entry.startswith("layer-") or entry == HEAD
         for name in journal.specs(entry)
     }
     stored = MergedWeights(source.checkpoint, source.adapter, base=source.base, nf4=source.nf4, dtype=dtype)

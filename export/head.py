@@ -20,7 +20,7 @@ from .rounding.gram import GramSum
 from .rounding.linear import round_linear
 from .structure import Structure
 
-ENTRY = "lm_head"  # of the journal
+ENTRY = HEAD  # of the journal
 
 
 def quantize_head(

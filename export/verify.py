@@ -44,7 +44,7 @@ class Stops:
     """How often the end of an answer is the likeliest token where it belongs.
 
     Attributes:
-        places: where a window's next token ends an answer.
+        places: behind which an answer ends.
         p, q: of them, where it is the likeliest token, by the reference and by the quantised model.
     """
 
@@ -59,7 +59,7 @@ class Verdict:
 
     Attributes:
         agreement: P the reference, Q the quantised model.
-        stops: None where no window ends an answer.
+        stops: None where no answer ends in any window.
         bounds: None where the gate is off.
     """
 
@@ -139,7 +139,7 @@ def measure(
     folder: Path,
     windows: Sequence[Sequence[int]],
     *,
-    stop_id: int | None,
+    ends: tuple[int, Sequence[Sequence[int]]] | None,
     bounds: Bounds | None,
     device: torch.device | str = "cpu",
     say: Say = lambda _: None,
@@ -150,7 +150,7 @@ def measure(
         reference: the 16-bit weights.
         folder: as any reader would get it.
         windows: token ids, at least one.
-        stop_id: the token that ends an answer.
+        ends: the token that ends an answer, and of each window the places behind which one ends.
         device: where to compute, in float32.
 
     Raises:
@@ -166,7 +166,7 @@ def measure(
     q_states = q.hidden_states(windows)
     say("their predictions")
     found = agreement(windows, (p_states, p.logits), (q_states, q.logits))
-    stops = None if stop_id is None else _stops(windows, (p_states, p), (q_states, q), stop_id)
+    stops = None if ends is None else _stops(ends, (p_states, p), (q_states, q))
     return Verdict(found, stops, bounds)
 
 
@@ -210,23 +210,18 @@ def remembering(fetch: Fetch, name: str) -> Fetch:
 
 
 def _stops(
-    windows: Sequence[Sequence[int]],
+    ends: tuple[int, Sequence[Sequence[int]]],
     p: tuple[Sequence[Tensor], StreamedModel],
     q: tuple[Sequence[Tensor], StreamedModel],
-    stop_id: int,
 ) -> Stops | None:
-    """Count the places where a window goes on with the stop token and a model would have said so."""
+    """Count the places where an answer ends and a model would have said so."""
+    stop_id, places = ends
     counts = []
     for states, model in (p, q):
-        rows = [
-            states[number][place]
-            for number, window in enumerate(windows)
-            for place, following in enumerate(window[1:])
-            if following == stop_id
-        ]
+        rows = [its[place] for its, chosen in zip(states, places, strict=False) for place in chosen]
         said = 0
         for first in range(0, len(rows), ROWS):
             said += int((model.logits(torch.stack(rows[first : first + ROWS])).argmax(-1) == stop_id).sum())
         counts.append((len(rows), said))
-    (places, of_p), (_, of_q) = counts
-    return Stops(places, of_p, of_q) if places else None
+    (total, of_p), (_, of_q) = counts
+    return Stops(total, of_p, of_q) if total else None

@@ -10,13 +10,12 @@ from typing import Any, overload
 
 from qtrain.data.dataset import Method, TokenDataset, build_dataset, resolve_name
 from qtrain.data.load import RowReader
-from qtrain.data.template import EncodedPair
 from qtrain.errors import UserError
 from qtrain.export.calibration import Calibration, check_windows, pack_windows
 from qtrain.model.load import load_tokenizer
 from qtrain.runs.atomic import file_sha256
 
-from .rows import Windows, held_out_windows
+from .rows import Windows, held_out_windows, ids_and_mask, windows_of
 from .source import Source
 
 TEXT = ".txt"
@@ -71,8 +70,8 @@ def calibration_and_held_out(
     found = pack_windows(used, settings.length, settings.calib, seed=settings.seed, source=rows.name)
     check_windows(found, config)
     if kept_back:
-        ids = [list(rows[index][: settings.tokens]) for index in kept_back]
-        return found, Windows(ids, rows.files, held_out=True)
+        kept = [rows.row(index) for index in kept_back]
+        return found, windows_of(kept, settings.tokens, rows.files, held_out=True)
     held_out = text_windows(source, settings) or held_out_windows(
         source, settings.data, settings.rows, settings.tokens
     )
@@ -125,8 +124,12 @@ class Rows(Sequence[Sequence[int]]):
     def __getitem__(self, index: int | slice) -> Sequence[int] | Sequence[Sequence[int]]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
+        return ids_and_mask(self.row(index))[0]
+
+    def row(self, index: int) -> Any:
+        """A row with what else is known of it."""
         part, row = self._places[index]
-        return _ids(self._parts[part][row])
+        return self._parts[part][row]
 
 
 def calibration_rows(source: Source, settings: RowsSettings) -> Rows:
@@ -205,12 +208,6 @@ def _dataset(source: Source, name: str, tokenizer: Any, *, own: bool) -> TokenDa
 
 def _is_text(name: str) -> bool:
     return Path(name).suffix.lower() == TEXT
-
-
-def _ids(row: Any) -> Sequence[int]:
-    if isinstance(row, EncodedPair):
-        return [*row.prompt_ids, *row.chosen_ids]
-    return row if isinstance(row, list) else row.input_ids
 
 
 class _Without(Sequence[Sequence[int]]):

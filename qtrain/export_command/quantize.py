@@ -42,7 +42,7 @@ from .merge import merged_weights
 from .progress import ModuleProgress, module_progress
 from .quantize_options import QuantizeOptions, Settings, check_options
 from .quantize_plan import show_plan
-from .rows import Windows, stop_check
+from .rows import Windows, ends_of, stop_check
 from .source import TEMPLATE, Source, find_source
 from .verdict import say, show_verdict, warn
 
@@ -273,8 +273,8 @@ def _publish(job: Job, journal: Journal, seconds: float, console: Console) -> tu
 
 
 def _measure(job: Job, folder: Path, stops: dict[str, Any], console: Console) -> Verdict | None:
-    windows = [window for window in job.held_out.ids if len(window) > 1]
-    if not windows:
+    windows = job.held_out.ids
+    if sum(map(len, windows)) < 2:
         if job.settings.bounds is not None:
             raise ExportError(f"the gate has no rows to measure on: {job.held_out.missing}; or --gate off")
         say(console, f"not measured: {job.held_out.missing}")
@@ -285,7 +285,7 @@ def _measure(job: Job, folder: Path, stops: dict[str, Any], console: Console) ->
         job.weights,
         folder,
         windows,
-        stop_id=stops.get("turn_end_id"),
+        ends=ends_of(job.held_out, stops),
         bounds=job.settings.bounds,
         device=job.compute.device,
         say=lambda line: say(console, f"measuring: {line}"),

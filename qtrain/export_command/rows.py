@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,25 @@ class Windows:
         files: they come from.
         held_out: whether they were kept from training.
         missing: why there are none.
+        learnt: of each token, whether it is part of an answer; empty for text that has no answers.
     """
 
     ids: list[list[int]]
     files: list[str]
     held_out: bool
     missing: str | None = None
+    learnt: list[list[bool]] = field(default_factory=list)
+
+    def ends(self, stop_id: int) -> list[list[int]]:
+        """Of each window, the places behind which an answer ends with a token."""
+        return [
+            [
+                place
+                for place, (token, learnt) in enumerate(zip(window[1:], mask[1:], strict=False))
+                if learnt and token == stop_id
+            ]
+            for window, mask in zip(self.ids, self.learnt, strict=False)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """For a manifest: the ids are counted."""
@@ -73,11 +87,26 @@ def held_out_windows(source: Source, files: list[str], rows: int, tokens: int) -
         if files:
             raise
         return Windows([], chosen, held_out, str(error).splitlines()[0])
-    ids = [
-        [*row.prompt_ids, *row.chosen_ids] if isinstance(row, EncodedPair) else row.input_ids
-        for row in dataset
-    ]
-    return Windows([row[:tokens] for row in ids], chosen, held_out)
+    return windows_of(list(dataset), tokens, chosen, held_out)
+
+
+def windows_of(rows: Sequence[Any], tokens: int, files: list[str], held_out: bool) -> Windows:
+    """Rows (EncodedExample, EncodedPair, or plain ids) cut after `tokens` tokens; of a pair, the chosen."""
+    ids, learnt = zip(*map(ids_and_mask, rows), strict=True) if rows else ((), ())
+    return Windows(
+        [list(row[:tokens]) for row in ids],
+        files,
+        held_out,
+        learnt=[list(mask[:tokens]) for mask in learnt],
+    )
+
+
+def ids_and_mask(row: Any) -> tuple[Sequence[int], Sequence[bool]]:
+    """A row's tokens, and which of them are learnt; of a pair, the chosen answer's."""
+    if isinstance(row, EncodedPair):
+        mask = [False] * len(row.prompt_ids) + [True] * len(row.chosen_ids)
+        return [*row.prompt_ids, *row.chosen_ids], mask
+    return (row, [False] * len(row)) if isinstance(row, list) else (row.input_ids, row.supervised)
 
 
 def stop_check(source: Source, folder: Path) -> dict[str, Any]:
@@ -92,3 +121,9 @@ def stop_check(source: Source, folder: Path) -> dict[str, Any]:
     except UserError as error:
         return {"note": f"the end of an answer was not checked: {error}"}
     return check_stop(folder, encoder.stop_token, tokenizer.convert_tokens_to_ids(encoder.stop_token))
+
+
+def ends_of(windows: Windows, stops: dict[str, Any]) -> tuple[int, list[list[int]]] | None:
+    """The token that ends an answer (of `stop_check`), and where one ends in each window."""
+    stop_id = stops.get("turn_end_id")
+    return None if stop_id is None else (stop_id, windows.ends(stop_id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qtrain.export.verify import Bounds, Verdict, check_gate, measure, parse_gat
 from .calibrate import RowsSettings, calibration_and_held_out, text_windows
 from .merge import merged_weights
 from .quantize_options import CHOICES, one_of
-from .rows import Windows, held_out_windows, stop_check
+from .rows import Windows, ends_of, held_out_windows, stop_check
 from .source import Source, find_source
 from .verdict import say, show_verdict, warn
 
@@ -70,7 +70,7 @@ def export_verify(folder: Path, options: VerifyOptions, console: Console) -> Ver
         weights,
         folder,
         windows.ids,
-        stop_id=stops.get("turn_end_id"),
+        ends=ends_of(windows, stops),
         bounds=bounds,
         device=device,
         say=lambda line: say(console, f"measuring: {line}"),
@@ -179,8 +179,8 @@ def _windows(
     else:
         rows = RowsSettings(1, tokens, [], 0, options.data, count, tokens)
         windows = text_windows(source, rows) or held_out_windows(source, options.data, count, tokens)
-    ids = [window for window in windows.ids if len(window) > 1][: options.rows]
-    if not ids:
+    if sum(map(len, windows.ids)) < 2:
         missing = windows.missing or "they hold a token each"
         raise UserError(f"no rows to measure on: {missing}; give --data FILE")
-    return Windows(ids, windows.files, windows.held_out)
+    kept = slice(options.rows)
+    return replace(windows, ids=windows.ids[kept], learnt=windows.learnt[kept])
