@@ -7,12 +7,14 @@ import typer
 from .cards_command import cards
 from .kernels_command import kernels
 from .layer_model import layer
+from .quantizers_command import quantizers
 from .train import main as train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("cards")(cards)
 app.command("kernels")(kernels)
 app.command("layer")(layer)
+app.command("quantizers")(quantizers)
 app.command("train")(train)
 
 

@@ -66,19 +66,32 @@ def run_worker(
     Raises:
         WorkerFailed: it crashed, was killed, or ran for longer than `timeout_s`.
     """
+    job = {
+        "folder": str(folder),
+        "task": task,
+        "dtype": dtype,
+        "options": options,
+        "steps": steps,
+        "work": asdict(work),
+    }
+    return run_job(python, worker, job, threads=threads, timeout_s=timeout_s)
+
+
+def run_job(
+    python: Path, worker: str, job: dict[str, Any], *, threads: int, timeout_s: float
+) -> dict[str, Any]:
+    """Run `workers/<worker>.py` once with a job of its own kind and return the result it wrote.
+
+    `output` (the JSON file to leave) and `scratch` (an empty folder) are added to the job.
+
+    Raises:
+        WorkerFailed: as `run_worker`.
+    """
     with tempfile.TemporaryDirectory(prefix="qtrain-bench-") as name:
         scratch = Path(name)
-        job = {
-            "folder": str(folder),
-            "output": str(scratch / "result.json"),
-            "scratch": name,
-            "task": task,
-            "dtype": dtype,
-            "options": options,
-            "steps": steps,
-            "work": asdict(work),
-        }
-        (scratch / "job.json").write_text(json.dumps(job))
+        output = scratch / "result.json"
+        whole = job | {"output": str(output), "scratch": name}
+        (scratch / "job.json").write_text(json.dumps(whole))
         command = [str(python), "-c", BOOTSTRAP, str(ROOM), worker, str(scratch / "job.json")]
         extra = {"HF_DATASETS_CACHE": str(scratch / "datasets")}
         try:
@@ -93,7 +106,6 @@ def run_worker(
             )
         except subprocess.TimeoutExpired:
             raise WorkerFailed(f"still running after {timeout_s:.0f} s") from None
-        output = scratch / "result.json"
         if done.returncode != 0 or not output.is_file():
             raise WorkerFailed(_reason(done.returncode, done.stderr))
         result: dict[str, Any] = json.loads(output.read_text())

@@ -8,11 +8,13 @@ from qtrain.bench.cards_command import cards
 from qtrain.bench.compare_command import compare
 from qtrain.bench.kernels_command import kernels
 from qtrain.bench.quantizers_command import quantizers
+from qtrain.bench.report_command import report
 
 app = typer.Typer(no_args_is_help=True)
 app.command("cards")(cards)
 app.command("kernels")(kernels)
 app.command("compare")(compare)
+app.command("report")(report)
 app.command("quantizers")(quantizers)
 
 
