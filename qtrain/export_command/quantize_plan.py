@@ -17,8 +17,8 @@ from .verdict import say
 if TYPE_CHECKING:
     from .quantize import Job
 
-# Measured on SmolLM2-135M with one thread (docs/export.md says how): the share of a plain product's rate that a
-# layer's forward and sums reach, and what rounding a weight and refining it once more take besides products.
+# Measured on SmolLM2-135M with one thread (docs/export.md says how): the share of a plain product's rate
+# that a layer reaches, and what rounding a weight and refining it once more take besides products.
 EFFICIENCY = 0.6
 ROUNDING, REFINING = 9e-8, 9e-8  # seconds a weight
 DISK = 3e8  # bytes read, cast, hashed and written in a second
@@ -60,8 +60,9 @@ def estimate_memory(job: Job) -> int:
     weights = sum(rows * columns for rows, columns in shapes)
     hidden = structure.model.config.hidden_size
     tokens = job.calibration.tokens
-    copies = 4 if job.settings.stage.correction else 2  # before and after; of the original model as well
-    states = 0 if compute.spills(structure, tokens) else copies * tokens * hidden * compute.dtype.itemsize
+    models = 2 if job.settings.stage.correction else 1  # the original model runs beside
+    states = 3 * models * tokens * hidden * compute.dtype.itemsize  # before, behind, and a child's
+    states = 0 if compute.spills(structure, tokens, models) else states
     at_once = compute.windows_at_once(structure, job.calibration.windows.shape[1])
     chunk = min(tokens, at_once * job.calibration.windows.shape[1])
     forward = chunk * bytes_per_token(structure, compute.dtype)
