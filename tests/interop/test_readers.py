@@ -81,7 +81,7 @@ def refusal(reader: str, case: Case) -> str | None:
     if reader == "vllm" and case.format == "gptq" and not case.scheme.symmetric:
         return "sym"
     if reader == "transformers" and case.format == "compressed-tensors" and not case.scheme.symmetric:
-        return "weight_zero_point"
+        return "ignore_mismatched_sizes"  # of weight_zero_point, says the report above it
     return None
 
 
@@ -97,10 +97,10 @@ def test_others_read_what_we_wrote(case: Case, reader: str, made: Callable[[Case
     expected = refusal(reader, case)
     if expected:
         with pytest.raises((ReaderFailed, ServerFailed), match=expected) as caught:
-            read_with(reader, folder.folder, WINDOWS, PROMPTS, new_tokens=NEW, dtype=dtype)
+            read_with(reader, folder.folder, WINDOWS, PROMPTS, new_tokens=NEW, dtype=dtype, threads=1)
         record(case, reader, refused=str(caught.value))
         return
-    reading = read_with(reader, folder.folder, WINDOWS, PROMPTS, new_tokens=NEW, dtype=dtype)
+    reading = read_with(reader, folder.folder, WINDOWS, PROMPTS, new_tokens=NEW, dtype=dtype, threads=1)
     found = compare(reading, WINDOWS, folder.logits)
     record(case, reader, reading=reading, found=found)
     tolerance = TOLERANCE[reader, dtype]
