@@ -124,7 +124,7 @@ def awq(
     zero_point: Annotated[bool, typer.Option("--zero-point/--no-zero-point", help="With or without.")] = True,
     format: Annotated[str, typer.Option(help="awq or compressed-tensors.")] = "awq",
     rounding: Rounding = "gptq",
-    scaling: Scaling = "none",
+    scaling: Scaling = "awq",
     clip: Clip = True,
     act_order: ActOrder = "static",
     calib: Calib = 128,

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from qtrain.export.assemble import planned_specs
 from qtrain.export.disk import free_bytes, size_text
-from qtrain.export.layerwise import bytes_per_token
+from qtrain.export.planned_cost import PlannedCost, planned_cost
+from qtrain.export.structure import linear
 
 from .verdict import say
 
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.6
 ROUNDING, REFINING = 9e-8, 9e-8  # seconds a weight
 DISK = 3e8  # bytes read, cast, hashed and written in a second
-IMPORTS = 900 * 2**20  # bytes: torch, transformers and what is read of the rows
-SLICES = 6  # copies of a slice of rows, in float32, that rounding holds
+TORCH = 300 * 2**20  # bytes of torch's import
 
 
 def show_plan(job: Job, console: Console) -> None:
@@ -54,49 +55,36 @@ def show_plan(job: Job, console: Console) -> None:
 
 
 def estimate_memory(job: Job) -> int:
-    """Bytes at the worst moment: a layer, its states, its widest module being rounded."""
-    structure, compute = job.structure, job.compute
-    shapes = _layer_shapes(job)
-    weights = sum(rows * columns for rows, columns in shapes)
-    hidden = structure.model.config.hidden_size
-    tokens = job.calibration.tokens
-    models = 2 if job.settings.stage.correction else 1  # the original model runs beside
-    states = 3 * models * tokens * hidden * compute.dtype.itemsize  # before, behind, and a child's
-    states = 0 if compute.spills(structure, tokens, models) else states
-    at_once = compute.windows_at_once(structure, job.calibration.windows.shape[1])
-    chunk = min(tokens, at_once * job.calibration.windows.shape[1])
-    forward = chunk * bytes_per_token(structure, compute.dtype)
-    widest = max(columns for _, columns in shapes)
-    slices = max(min(rows, 4096) * columns for rows, columns in shapes)
-    rounding = 2 * 4 * widest**2 + SLICES * 4 * slices
-    # one chunk is inside of the layer while its modules are rounded
-    work = forward + rounding if chunk == tokens else max(forward + 4 * widest**2, rounding)
-    return IMPORTS + weights * compute.dtype.itemsize + weights // 2 + states + work
+    """Bytes at the worst moment: in a layer being quantised, or in the gate's widest module."""
+    hidden = job.structure.model.config.hidden_size
+    widest = max(module.weight.numel() for module in _linears(job))
+    measured = sum(map(len, job.held_out.ids))
+    states = 4 * measured * (3 * hidden + 3 * max(its.out_features for its in _linears(job)))
+    return TORCH + max(_cost(job).peak_bytes, 2 * 4 * widest + states)
 
 
 def estimate_seconds(job: Job) -> float:
-    """Of products (forward, sums, feedback, the gate) at the rate measured here, of rounding, of the disk."""
-    shapes, tokens = _layer_shapes(job), job.calibration.tokens
-    weights = sum(rows * columns for rows, columns in shapes)
-    stages: dict[int, int] = {}
-    for stage in job.structure.stages:
-        columns = job.structure.layer(0).get_submodule(stage.linears[0]).in_features
-        stages[columns] = stages.get(columns, 0) + 1
-    forward = 2.0 * tokens * weights * (2 if job.settings.stage.correction else 1)
-    at_once = job.compute.windows_at_once(job.structure, job.calibration.windows.shape[1])
-    if at_once < job.calibration.windows.shape[0]:
-        forward *= 2.5  # every stage runs the layer up to itself; finished attention is kept
-    sums = sum(count * 1.25 * tokens * columns**2 for columns, count in stages.items())
+    """Of products (layers, the gate) at the rate measured here, of rounding, of the disk."""
+    weights = sum(module.weight.numel() for module in _linears(job)) * job.structure.count
     refine = job.settings.stage.refine if job.settings.stage.rounding == "gptq" else 0
-    feedback = sum(2.0 * rows * columns**2 for rows, columns in shapes) * (1 + refine)
     rate = product_rate(job.compute.device) * EFFICIENCY
     threads = torch.get_num_threads() if job.compute.device.type == "cpu" else 1
     rounding = weights * (ROUNDING + REFINING * refine) / threads
-    layers = job.structure.count * ((forward + sums + feedback) / rate + rounding)
-    head = job.structure.model.config.vocab_size * job.structure.model.config.hidden_size
+    config = job.structure.model.config
     measured = sum(map(len, job.held_out.ids))
-    gate = 2 * 2.0 * measured * (weights * job.structure.count + head) / rate
-    return layers + gate + 2 * job.weights.checkpoint.nbytes / DISK
+    gate = 2 * 2.0 * measured * (weights + config.vocab_size * config.hidden_size)
+    return (_cost(job).products + gate) / rate + rounding + 2 * job.weights.checkpoint.nbytes / DISK
+
+
+def _cost(job: Job) -> PlannedCost:
+    count, length = job.calibration.windows.shape
+    return planned_cost(job.structure, count, length, job.settings.stage, job.compute)
+
+
+def _linears(job: Job) -> list[nn.Linear]:
+    """Of one layer."""
+    layer = job.structure.layer(0)
+    return [linear(layer, name) for stage in job.structure.stages for name in stage.linears]
 
 
 def product_rate(device: torch.device, size: int = 1024, times: int = 5) -> float:
@@ -108,12 +96,6 @@ def product_rate(device: torch.device, size: int = 1024, times: int = 5) -> floa
         float((a @ a)[0, 0])  # reading a value waits for the device
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
-
-
-def _layer_shapes(job: Job) -> list[tuple[int, int]]:
-    layer = job.structure.layer(0)
-    modules = [layer.get_submodule(name) for stage in job.structure.stages for name in stage.linears]
-    return [(module.out_features, module.in_features) for module in modules]
 
 
 def _names(modules: list[str]) -> str:
