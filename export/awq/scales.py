@@ -63,25 +63,46 @@ def channel_scales(
         channels: [K] int64, the channel 0 .. C-1 behind each input, where several inputs share one (GQA);
             None where each has its own.
     """
-    width = cost.numel()
-    tied = torch.arange(width, device=cost.device) if channels is None else channels
+    tied = _Tied(torch.arange(cost.numel(), device=cost.device) if channels is None else channels)
     rows = [_Rows.of(part, cost) for part in parts]
     tried = _candidates(rows, magnitude, tied)
-    costs = [_cost(rows, scales[tied]) for scales in tried]
+    costs = [_cost(rows, tied.spread(scales)) for scales in tried]
     lowest = min(range(len(tried)), key=lambda index: costs[index])
     found = _descend(rows, tried[lowest], tied)
-    return [found if _cost(rows, found[tied]) < costs[lowest] else tried[lowest], *tried]
+    return [found if _cost(rows, tied.spread(found)) < costs[lowest] else tried[lowest], *tried]
 
 
-def _descend(rows: Sequence[_Rows], start: Tensor, tied: Tensor) -> Tensor:
+class _Tied:
+    """Inputs and the channels behind them, as many to each; sums in a fixed order on any device."""
+
+    def __init__(self, channels: Tensor) -> None:
+        self._channels = channels
+        self._members = torch.argsort(channels, stable=True).view(int(channels.max()) + 1, -1)
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """[C] -> [K]."""
+        return scales[self._channels]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[K] -> [C]."""
+        return values[self._members].sum(1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[K] -> [C]."""
+        return values[self._members].mean(1)
+
+
+def _descend(rows: Sequence[_Rows], start: Tensor, tied: _Tied) -> Tensor:
     log_scales = start.log()
     momentum = torch.zeros_like(log_scales)
     for step in range(STEPS):
-        slope, size = torch.zeros_like(log_scales), torch.zeros_like(log_scales)
-        scales = log_scales.exp()[tied]
+        scales = tied.spread(log_scales.exp())
+        slope, size = torch.zeros_like(scales), torch.zeros_like(scales)
         for its in rows:
-            its.slope(scales, tied, slope, size)
-        momentum.mul_(MOMENTUM).add_(slope.div_(size).clamp_(-1, 1), alpha=1 - MOMENTUM)
+            its.slope(scales, slope, size)
+        sizes = tied.sum(size).clamp_(min=torch.finfo(torch.float32).tiny)  # groups of zeros have none
+        wanted = (tied.sum(slope) / sizes).clamp_(-1, 1)
+        momentum.mul_(MOMENTUM).add_(wanted, alpha=1 - MOMENTUM)
         log_scales.sub_(momentum, alpha=RATE * (1 - step / STEPS))
     return _centred(log_scales.exp())
 
@@ -94,21 +115,15 @@ def _centred(scales: Tensor) -> Tensor:
     return scales / (scales.amax() * scales.amin()).sqrt()
 
 
-def _candidates(rows: Sequence[_Rows], magnitude: Tensor, tied: Tensor) -> list[Tensor]:
+def _candidates(rows: Sequence[_Rows], magnitude: Tensor, tied: _Tied) -> list[Tensor]:
     """1, x^alpha, and x^alpha / w^(1 - alpha) with w the weights' mean size relative to their groups'."""
-    count = int(tied.max()) + 1
-    of_inputs = _mean_by(magnitude.clamp(min=1e-8), tied, count)
-    of_weights = _mean_by(torch.stack([its.relative_size() for its in rows]).mean(0), tied, count)
-    found = [torch.ones(count, device=magnitude.device)]
+    of_inputs = tied.mean(magnitude.clamp(min=1e-8))
+    of_weights = tied.mean(torch.stack([its.relative_size() for its in rows]).mean(0))
+    found = [torch.ones_like(of_inputs)]
     for alpha in ALPHAS:
         grown = of_inputs.pow(alpha)
         found += [grown, grown / (of_weights.pow(1 - alpha) + 1e-4)]
     return [_centred(t.clamp(1e-4 * float(t.max()))) for t in found]
-
-
-def _mean_by(values: Tensor, tied: Tensor, count: int) -> Tensor:
-    sums = torch.zeros(count, device=values.device).index_add_(0, tied, values)
-    return sums / torch.bincount(tied, minlength=count)
 
 
 class _Rows:
@@ -139,27 +154,25 @@ class _Rows:
             )
         )
 
-    def slope(self, scales: Tensor, tied: Tensor, slope: Tensor, size: Tensor) -> None:
-        """Add half of the gradient by log t to `slope`, and what it is measured by to `size`, [C]."""
+    def slope(self, scales: Tensor, slope: Tensor, size: Tensor) -> None:
+        """Add half of the gradient by log t to `slope`, and what it is measured by to `size`, [K]."""
         for block in self._blocks():
             scaled = self._weight[block] * scales[self._columns[block], None]
-            by_end = torch.zeros(scaled.shape[:2], device=scaled.device)  # M, [G, L]
-            high, top = scaled.max(1)  # [G, N]
+            high = scaled.amax(1, keepdim=True)  # [G, 1, N]
             if self._symmetric:
-                a = high.square()
-                by_end.scatter_add_(1, top, a)
+                span = high
+                ends = _sums_where(scaled == high, high.square())
             else:
-                low, bottom = scaled.min(1)
-                high, low = high.clamp_(min=0), low.clamp_(max=0)
-                span = high - low
-                a = span.square()
-                by_end.scatter_add_(1, top, span * high).scatter_add_(1, bottom, -span * low)
-            a = a.sum(1, keepdim=True)
-            b = self._b(block, scales)
+                low = scaled.amin(1, keepdim=True)
+                span = high.clamp(min=0) - low.clamp(max=0)
+                ends = _sums_where(scaled == high, span * high.clamp(min=0))
+                ends -= _sums_where(scaled == low, span * low.clamp(max=0))
+            a = span.square().sum(2)  # [G, 1]
+            b = self._b(block, scales)  # [G, L]
             whole = b.sum(1, keepdim=True)
-            channels = tied[self._columns[block]].view(-1)
-            slope.index_add_(0, channels, (by_end * whole - a * b).view(-1))
-            size.index_add_(0, channels, (a * whole / b.shape[1]).expand_as(b).reshape(-1))
+            columns = self._columns[block]
+            slope[columns] += ends * whole - a * b
+            size[columns] += a * whole / b.shape[1]
 
     def relative_size(self) -> Tensor:
         """[K] mean over rows of |w| relative to the largest of its group."""
@@ -183,3 +196,8 @@ class _Rows:
         if self._symmetric:
             return scaled.amax(1)
         return scaled.amax(1).clamp_(min=0) - scaled.amin(1).clamp_(max=0)  # [G, N]
+
+
+def _sums_where(mask: Tensor, values: Tensor) -> Tensor:
+    """[G, L, N] bool, [G, 1, N] -> [G, L]."""
+    return (mask.to(values.dtype) @ values.transpose(1, 2))[..., 0]

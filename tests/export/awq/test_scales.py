@@ -70,6 +70,18 @@ def test_scales_are_at_a_minimum_of_the_closed_form(symmetric: bool) -> None:
             assert closed_form(weight, cost, near, 32, symmetric) > least * 0.98
 
 
+def test_groups_and_columns_of_zeros_get_finite_scales() -> None:
+    weight, _, x = problem()
+    weight[:, 32:] = 0
+    x[:, :4] = 0
+    found = curvature(x.t() @ x)
+    squares, cost = by_column(found, found.gram.diagonal()), by_column(found, found.importance)
+    groups = torch.arange(64).div(32, rounding_mode="floor")
+    for scales in channel_scales([Part(weight, groups, False, 15)], cost, squares.sqrt()):
+        assert bool(torch.isfinite(scales).all())
+        assert float(scales.min()) > 0
+
+
 def test_channels_that_share_a_scale_get_one() -> None:
     weight, _, x = problem()
     cost = x.square().sum(0)
