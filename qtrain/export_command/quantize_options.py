@@ -48,7 +48,7 @@ class QuantizeOptions:
     act_order: str = "static"
     scaling: str = "none"
     clip: bool = False
-    correction: float = 0.0
+    correction: float = 0.5
     damp: float = 0.01
     refine: int = 2
     lm_head: bool = False
@@ -115,7 +115,7 @@ def check_options(options: QuantizeOptions) -> Settings:
         "act_order": options.act_order,
         "scaling": options.scaling,
         "clip": options.clip and nearest,
-        "correction": options.correction,
+        "correction": 0.0 if nearest else options.correction,
         "damp": options.damp,
         "refine": options.refine,
         "lowest_zero": LOWEST_ZERO[container],
