@@ -138,7 +138,6 @@ def input_grad(
     if rows == 0:
         return dx
     factor = _stacked(lora_As, g.dtype)
-    low, high = seed_words(seed)
     for index, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         first = index == 0
         pointers, constants = _base(weight, rows, g.dtype)
@@ -153,12 +152,9 @@ def input_grad(
             N=dy.shape[1],
             K=k,
             dy_stride=dy.stride(0),
-            seed_low=low,
-            seed_high=high,
-            drop_threshold=threshold(dropout_p),
+            **_dropout_arguments(dropout_p if first else 0.0, seed),
             keep_scale=1 / (1 - dropout_p),
             RANK=g.shape[1] if first else 0,
-            DROPOUT=first and dropout_p > 0,
             ADD=not first,
             **constants,
             **_options(tile),
@@ -194,7 +190,6 @@ def _project(
         return
     row_tiles = triton.cdiv(rows, PROJECT_ROWS)
     width = project_width(rank, row_tiles, multiprocessors(x.device), factor.dtype.itemsize)
-    low, high = seed_words(seed)
     _project_kernel[(row_tiles, triton.cdiv(rank, width))](
         x_ptr=x,
         factor_ptr=factor,
@@ -204,12 +199,9 @@ def _project(
         x_stride=x.stride(0),
         out_stride=out.stride(0),
         alpha=alpha,
-        seed_low=low,
-        seed_high=high,
-        drop_threshold=threshold(dropout_p),
+        **_dropout_arguments(dropout_p, seed),
         RANK=rank,
         ROW_MAJOR=row_major,
-        DROPOUT=dropout_p > 0,
         BM=PROJECT_ROWS,
         BR=width,
         INTERPRET=triton.knobs.runtime.interpret,
@@ -232,12 +224,22 @@ def project_options(width: int) -> dict[str, Any]:
     }
 
 
+def _dropout_arguments(dropout_p: float, seed: int) -> dict[str, Any]:
+    """What a kernel that draws the mask is told of it."""
+    low, high = seed_words(seed)
+    return {
+        "seed_low": low,
+        "seed_high": high,
+        "drop_threshold": threshold(dropout_p),
+        "DROPOUT": dropout_p > 0,
+    }
+
+
 def _weight_grad(
     small: Tensor, big: Tensor, out: Tensor, alpha: float, row_major: bool, dropout_p: float, seed: int
 ) -> None:
     rank, columns = small.shape[1], big.shape[1]
     height = max(16, min(64, triton.next_power_of_2(rank)))
-    low, high = seed_words(seed)
     _weight_grad_kernel[(triton.cdiv(columns, STEP), triton.cdiv(rank, height))](
         small_ptr=small,
         big_ptr=big,
@@ -247,12 +249,9 @@ def _weight_grad(
         small_stride=small.stride(0),
         big_stride=big.stride(0),
         alpha=alpha,
-        seed_low=low,
-        seed_high=high,
-        drop_threshold=threshold(dropout_p),
+        **_dropout_arguments(dropout_p, seed),
         RANK=rank,
         ROW_MAJOR=row_major,
-        DROPOUT=dropout_p > 0,
         BR=height,
         BC=STEP,
         INTERPRET=triton.knobs.runtime.interpret,
