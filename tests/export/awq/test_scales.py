@@ -170,20 +170,22 @@ def logits(folder: Path, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
         return model(input_ids=windows()).logits
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_export_with_8_bits_is_near_its_model(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "order"), [*((name, "static") for name in ARCHITECTURES), ("qwen3", "full")]
+)
+def test_an_export_with_8_bits_is_near_its_model(architecture: str, order: Any, tmp_path: Path) -> None:
     """A fold in the wrong place changes logits by as much as they are."""
     from transformers import AutoModelForCausalLM
 
     folder = save_model(tmp_path / "m", architecture)
-    scheme = Scheme(8, 32)
+    scheme = Scheme(8, 32, desc_act=order == "full")
     names = quantize_names(folder)
     steps: list[Step] = []
     journal = quantize(
         folder,
         tmp_path / "out",
         schemes=dict.fromkeys(names, scheme),
-        settings=StageSettings(scaling="awq"),
+        settings=StageSettings(scaling="awq", act_order=order),
         progress=steps.append,
     )
     tensors = {k: v for entry in journal.names() for k, v in journal.load(entry).items()}
