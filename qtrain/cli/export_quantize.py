@@ -93,7 +93,7 @@ def gptq(
     lm_head: LmHead = False,
     damp: Damp = 0.01,
     refine: Refine = 2,
-    correction: Correction = 0.0,
+    correction: Correction = 0.5,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -134,7 +134,7 @@ def awq(
     lm_head: LmHead = False,
     damp: Damp = 0.01,
     refine: Refine = 2,
-    correction: Correction = 0.0,
+    correction: Correction = 0.5,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -173,6 +173,10 @@ def verify(
         int | None, typer.Option(min=2, help="Cut those rows there.", show_default="512")
     ] = None,
     device: Device = "auto",
+    reader: Annotated[
+        list[str] | None,
+        typer.Option(help="Let vllm, gptqmodel or transformers read it too, each in its own environment."),
+    ] = None,
 ) -> None:
     """Read a quantised folder back from its files and compare it with the model that it was made of.
 
@@ -180,7 +184,7 @@ def verify(
     """
     from qtrain.export_command.verify import VerifyOptions, export_verify
 
-    options = VerifyOptions(reference, gate, data or [], rows, tokens, device)
+    options = VerifyOptions(reference, gate, data or [], rows, tokens, device, reader or [])
     export_verify(folder, options, console())
 
 

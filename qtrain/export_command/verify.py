@@ -24,6 +24,7 @@ from .quantize_options import CHOICES, one_of
 from .rows import Windows, ends_of, held_out_windows, stop_check
 from .source import Source, find_source
 from .verdict import say, show_verdict, warn
+from .verify_reader import check_readers, compare_reader
 
 MANIFEST = "manifest.json"
 ROWS, TOKENS = 8, 512
@@ -39,6 +40,7 @@ class VerifyOptions:
     rows: int | None = None  # as the export's, else ROWS
     tokens: int | None = None
     device: str = "auto"
+    readers: list[str] = field(default_factory=list)
 
 
 def export_verify(folder: Path, options: VerifyOptions, console: Console) -> Verdict:
@@ -46,9 +48,10 @@ def export_verify(folder: Path, options: VerifyOptions, console: Console) -> Ver
 
     Raises:
         UserError, ExportError: it is damaged, or its reference or rows can't be had.
-        GateFailed: it is below the gate.
+        GateFailed: it is below the gate, or a reader sees another model in it.
     """
     one_of("device", options.device, CHOICES["device"])
+    check_readers(options.readers)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give a quantised model folder")
     manifest = read_manifest(folder)
@@ -76,6 +79,8 @@ def export_verify(folder: Path, options: VerifyOptions, console: Console) -> Ver
         say=lambda line: say(console, f"measuring: {line}"),
     )
     show_verdict(verdict, windows, console)
+    for reader in options.readers:
+        compare_reader(reader, folder, windows.ids, torch.get_num_threads(), console)
     check_gate(verdict, folder)
     return verdict
 
