@@ -31,7 +31,8 @@ def figure(
 ) -> Figure:
     """With unit and direction of `FIGURES` where they are not given."""
     known_unit, known_better = FIGURES.get(name, ("", "less"))
-    return Figure(name, known_unit if unit is None else unit, better or known_better, runs, interval)
+    fixed = tuple(tuple(run) for run in runs)
+    return Figure(name, known_unit if unit is None else unit, better or known_better, fixed, interval)
 
 
 def each(model: type[Model], rows: Any, name: str = "rows") -> Iterator[Model]:

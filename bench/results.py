@@ -30,7 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from .statistics import Runs, median, percentile
+from .statistics import median, percentile
 
 Better = Literal["less", "more"]
 Key = tuple[str, str, str, str, str]
@@ -102,7 +102,7 @@ class Figure:
     name: str
     unit: str
     better: Better
-    runs: Runs
+    runs: tuple[tuple[float, ...], ...]
     interval: tuple[float, float] | None = None
     """95 %, where the benchmark itself gave one; not of the samples."""
 

@@ -1,0 +1,1 @@
+"""One page about everything that was measured: a self-contained HTML file made of result files."""

@@ -1,0 +1,145 @@
+"""What quantised checkpoints lose, by what they take on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from ..results import Figure, Row
+from .axes import Axis, around, from_zero
+from .plots import Series, axis_cell, interval_cell, plot
+from .source import Source, grouped, is_ours
+from .text import digits, median_of, quantity, scale
+
+LOSSES = ("KL", "perplexity")
+FURTHER = (
+    "perplexity",
+    "top-1 agreement",
+    "task score",
+    "bits per weight",
+    "size",
+    "CPU time",
+    "wall time",
+    "memory",
+)
+FURTHER += ("prefill", "decode", "throughput", "TTFT", "TPOT", "memory loaded")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A line of the table."""
+
+    name: str
+    ours: bool
+    cell: Markup
+    loss: str
+    value: float | None
+    figures: list[str]
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Checkpoints of one scheme, the one that loses least first."""
+
+    title: str
+    loss: str
+    axis: Markup
+    columns: list[str]
+    lines: list[Checkpoint]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Both views of it."""
+
+    says: str
+    picture: Markup | None
+    tables: list[Table]
+
+
+def quality(source: Source) -> Quality | None:
+    """Of all results that hold such rows; None if there are none."""
+    kinds = {row.benchmark for row in source.rows() if _loss(row)}
+    rows = [row for row in source.rows() if row.benchmark in kinds]
+    if not rows:
+        return None
+    tables = [
+        _table(alike) for alike in grouped(rows, lambda row: (row.benchmark, row.dtype, row.shape_text))
+    ]
+    sized = [row for row in rows if "size" in row.figures and _loss(row)]
+    return Quality(
+        _says(rows), _picture(sized) if len(sized) > 1 else None, [t for t in tables if t is not None]
+    )
+
+
+def _loss(row: Row) -> Figure | None:
+    return next((row.figures[name] for name in LOSSES if name in row.figures), None)
+
+
+def _says(rows: Sequence[Row]) -> str:
+    losing = [row for row in rows if "KL" in row.figures]
+    if not losing:
+        return "Lower is better."
+    least = min(losing, key=lambda row: row.figures["KL"].p50)
+    return (
+        f"Of {len(losing)} checkpoints {least.variant} ({least.dtype}, {least.shape_text}) is nearest to the "
+        f"16-bit model: a mean KL divergence of {digits(least.figures['KL'].p50)} nats a token."
+    )
+
+
+def _picture(rows: Sequence[Row]) -> Markup:
+    name = "KL" if all("KL" in row.figures for row in rows) else "perplexity"
+    rows = [row for row in rows if name in row.figures]
+    divisor, unit = scale("bytes", max(row.figures["size"].p50 for row in rows))
+    series = []
+    for row in rows:
+        loss, size = row.figures[name], row.figures["size"].p50
+        low, high = _ends(loss)
+        label = f"{row.variant}, {row.shape_text}" if row.shape_text else row.variant
+        series.append(
+            Series(
+                label, [size / divisor], [loss.p50], [low], [high], ours=is_ours(row), line=False,
+                titles=[f"{label}: {name} {digits(loss.p50)}, {quantity(size, 'bytes')}"],
+            )
+        )  # fmt: skip
+    y = from_zero([high for one in series for high in one.high or ()])
+    if name == "perplexity":
+        y = around([v for one in series for v in one.y], 0.15)
+    return plot(
+        series, around([one.x[0] for one in series], 0.12), y, x_name=f"{unit} on disk",
+        y_name=f"{name}{', nats a token' if name == 'KL' else ''}", height=340, label_room=260,
+    )  # fmt: skip
+
+
+def _ends(figure: Figure) -> tuple[float, float]:
+    return figure.interval or (figure.p05, figure.p95)
+
+
+def _table(rows: Sequence[Row]) -> Table | None:
+    losses = [loss for row in rows if (loss := _loss(row)) is not None]
+    if not losses:
+        return None
+    axis = from_zero([_ends(loss)[1] for loss in losses])
+    columns = [
+        name for name in FURTHER if any(name in row.figures for row in rows) and name != losses[0].name
+    ]
+    ordered = sorted(rows, key=lambda row: loss.p50 if (loss := _loss(row)) is not None else float("inf"))
+    title = ", ".join(part for part in (rows[0].dtype, rows[0].shape_text) if part)
+    unit = " (nats a token)" if losses[0].name == "KL" else ""
+    return Table(
+        title, losses[0].name + unit, axis_cell(axis), columns, [_line(r, axis, columns) for r in ordered]
+    )
+
+
+def _line(row: Row, axis: Axis, columns: Sequence[str]) -> Checkpoint:
+    loss = _loss(row)
+    if loss is None:
+        return Checkpoint(row.variant, is_ours(row), Markup(), "", None, [], row.status)
+    low, high = _ends(loss)
+    told = f"{row.variant}: {digits(loss.p50)} [{digits(low)}, {digits(high)}]"
+    cell = interval_cell(axis, low, loss.p50, high, ours=is_ours(row), title=told)
+    figures = [median_of(row.figures.get(name)) for name in columns]
+    return Checkpoint(row.variant, is_ours(row), cell, digits(loss.p50), loss.p50, figures, "")
