@@ -12,9 +12,6 @@ from . import export_quantize
 from .terminal import console
 
 app = typer.Typer(no_args_is_help=True)
-app.command("gptq")(export_quantize.gptq)
-app.command("awq")(export_quantize.awq)
-app.command("verify")(export_quantize.verify)
 
 
 class Base(str, Enum):
@@ -87,3 +84,8 @@ def merge(
         dry_run=dry_run,
     )
     export_merge(source, options, console())
+
+
+app.command("gptq")(export_quantize.gptq)
+app.command("awq")(export_quantize.awq)
+app.command("verify")(export_quantize.verify)

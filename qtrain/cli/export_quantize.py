@@ -34,7 +34,9 @@ Calib = Annotated[int, typer.Option(help="Calibration windows.")]
 CalibLength = Annotated[int, typer.Option(help="Tokens of a window.")]
 CalibData = Annotated[
     list[str] | None,
-    typer.Option(help="Rows to calibrate on: data files or .txt (default: the run's training rows)."),
+    typer.Option(
+        help="Rows to calibrate on: a data file or a .txt; again for more (default: the run's training rows)."
+    ),
 ]
 Change = Annotated[
     list[str] | None,

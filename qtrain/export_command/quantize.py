@@ -99,7 +99,7 @@ def export_quantized(name: str, options: QuantizeOptions, console: Console) -> P
     if options.dry_run:
         show_plan(job, console)
         return None
-    journal = Journal(job.out, job.key(), resume=options.resume, force=options.force)
+    journal = Journal(job.out, job.key(), resume=options.resume, force=options.force and not options.resume)
     _one_thread_count(journal, console)
     try:
         begun = time.monotonic()
