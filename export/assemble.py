@@ -73,7 +73,6 @@ def planned_specs(
 ) -> list[TensorSpec]:
     """Every tensor that will be written: sizes to the byte, before anything is quantised."""
     found = []
-    cache: dict[tuple[tuple[int, ...], Scheme], list[TensorSpec]] = {}
     for name, spec in source.checkpoint.specs.items():
         module = name.removesuffix(".weight")
         scheme = schemes.get(module) if name.endswith(".weight") else None
@@ -81,10 +80,7 @@ def planned_specs(
             found.append(_stored(spec, dtype))
             continue
         rows, columns = spec.shape
-        key = (spec.shape, scheme)
-        if key not in cache:
-            cache[key] = packed_specs(container, "", (rows, columns), scheme)
-        found += [TensorSpec(f"{module}{its.name}", its.dtype, its.shape) for its in cache[key]]
+        found += packed_specs(container, module, (rows, columns), scheme)
     return found
 
 

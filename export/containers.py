@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,11 +49,18 @@ def pack(container: Container, linear: QuantizedLinear, module: str) -> dict[str
 def packed_specs(
     container: Container, module: str, shape: tuple[int, int], scheme: Scheme
 ) -> list[TensorSpec]:
-    """What `pack` would give for a weight of a shape [N, K]: packed for real, of zeros.
+    """What `pack` would give for a weight of a shape [N, K].
 
     Raises:
         ExportError: the format can't hold it.
     """
+    found = _packed_specs(container, shape, scheme)
+    return [TensorSpec(f"{module}.{its.name}", its.dtype, its.shape) for its in found]
+
+
+@lru_cache(maxsize=64)
+def _packed_specs(container: Container, shape: tuple[int, int], scheme: Scheme) -> list[TensorSpec]:
+    """Zeros, packed for real."""
     rows, columns = shape
     groups = scheme.groups(columns)
     middle = torch.full((rows, groups), scheme.middle, dtype=torch.uint8)
@@ -64,8 +72,7 @@ def packed_specs(
         scheme.bits,
         scheme.group_size,
     )
-    tensors = pack(container, linear, module)
-    return [TensorSpec.of(f"{module}.{suffix}", tensor) for suffix, tensor in tensors.items()]
+    return [TensorSpec.of(suffix, tensor) for suffix, tensor in pack(container, linear, "a module").items()]
 
 
 def quantization_config(

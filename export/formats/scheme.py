@@ -89,7 +89,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, int]], scheme: Scheme) -> None:
             if size % per_word:
                 raise ExportError(
                     f"{module}: {name} {size} is no multiple of {per_word}, which {scheme.bits}-bit packing "
-                    "needs; leave the module in 16 bits"
+                    "needs; leave the module in 16 bits (--set modules.NAME.bits=16)"
                 )
 
 

@@ -149,8 +149,10 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
             say(console, f"note: {line}")
     for line in warnings:
         warn(console, line)
-    size = sum(spec.nbytes for spec in planned_specs(weights, schemes, settings.container))
-    check_room(2 * size, out)  # the journal holds about as much as the checkpoint, until it is there
+    specs = planned_specs(weights, schemes, settings.container)
+    packed = sum(spec.nbytes for spec in specs if spec.name not in weights.checkpoint.specs)
+    # the journal holds the packed tensors too, until the checkpoint is there
+    check_room(sum(spec.nbytes for spec in specs) + packed, out)
     return Job(
         source,
         options,

@@ -33,6 +33,7 @@ def show_plan(job: Job, console: Console) -> None:
     size, was = sum(spec.nbytes for spec in specs), job.weights.checkpoint.nbytes
     packed = [module for module, scheme in job.schemes.items() if scheme is not None]
     kept = [module for module, scheme in job.schemes.items() if scheme is None]
+    packed_bytes = sum(spec.nbytes for spec in specs if spec.name not in job.weights.checkpoint.specs)
     adapter = job.weights.adapter
     calibration = job.calibration
     seconds = estimate_seconds(job)
@@ -42,7 +43,8 @@ def show_plan(job: Job, console: Console) -> None:
         f"calibration: {calibration.windows.shape[0]} windows of {calibration.windows.shape[1]} tokens "
         f"from {calibration.source}; the gate: {len(job.held_out.ids)} rows",
         f"writes: {job.out}, {size_text(size)} ({size:,} bytes of tensors, {size / was:.0%} of the base); "
-        f"{size_text(free_bytes(job.out))} are free there, the journal needs about as much until it is done",
+        f"{size_text(free_bytes(job.out))} are free there, its journal takes {size_text(packed_bytes)} more "
+        "until it is done",
         f"packed: {len(packed)} modules as {job.settings.container}; "
         f"in 16 bits: {_names(kept)}embedding, norms{'' if 'lm_head' in packed else ', lm_head'}",
         f"peak memory: about {size_text(estimate_memory(job))}",

@@ -22,8 +22,8 @@ from qtrain.export.formats.scheme import Scheme
 from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
 from qtrain.runs.manifest import base_hashes
 from qtrain.runs.rundir import RunDir
-from tests.export.folders import files_of
-from tests.qtrain.tiny import save_tiny_base, save_tiny_run, write_rows
+from tests.export.folders import files_of, save_model
+from tests.qtrain.tiny import save_tiny_base, save_tiny_run, tiny_tokenizer, write_rows
 from tests.small_disk import small_disk
 
 ROOT = Path(__file__).parents[3]
@@ -162,6 +162,19 @@ def test_every_container_is_read_back_as_it_was_meant(
     assert _export(capsys, "verify", out)[0] == 0
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral"])
+def test_every_architecture(
+    architecture: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_model(tmp_path / "base", architecture)
+    tiny_tokenizer().save_pretrained(base)
+    words = (*SMALL, "--calib-data", world / "text.txt", "--gate", "kl=1,ppl=3", "--out", tmp_path / "out")
+    code, _, errors = _export(capsys, "awq", base, *words, "--max-shard-size", "50KB")
+    assert code == 0, errors
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert _export(capsys, "verify", tmp_path / "out")[0] == 0
+
+
 def test_a_head_of_its_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (*SMALL, "--calib-data", world / "text.txt", "--lm-head", "--out", tmp_path / "out")
     code, _, errors = _export(capsys, "gptq", world / "untied", *words)
@@ -206,8 +219,18 @@ main(sys.argv[3:])
 """
 
 
-def _stopped(where: str, how: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", KILLED, where, how, "export", *map(str, words)]
+LATER = """
+import os, signal, sys
+from qtrain.cli import main
+from qtrain.export.writer import CheckpointWriter
+
+CheckpointWriter.seal = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+main(sys.argv[3:])
+"""
+
+
+def _stopped(where: str, how: str, *words: object, code: str = KILLED) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, where, how, "export", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment, timeout=120
@@ -225,10 +248,15 @@ def test_killed_and_resumed_is_the_same_to_the_byte(
     assert "holds an unfinished export; go on with it: --resume, or begin anew: --force" in line
     line = _refused(capsys, *words, "--out", tmp_path / "killed", "--resume", "--damp", "0.1")
     assert "was begun differently" in line
+    # again, with all layers done and the checkpoint half written
+    died = _stopped("", "SIGKILL", *words, "--out", tmp_path / "killed", "--resume", code=LATER)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert "resumed: 1 of 2 layers are done already" in died.stdout
+    assert "layer 1/2" not in died.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.journal", "killed.partial"]
     code, text, errors = _export(capsys, *words, "--out", tmp_path / "killed", "--resume")
     assert code == 0, errors
-    assert "resumed: 1 of 2 layers are done already" in text
-    assert "layer 1/2" not in text
+    assert "resumed: 2 of 2 layers are done already" in text
     assert _export(capsys, *words, "--out", tmp_path / "whole")[0] == 0
     ours, expected = files_of(tmp_path / "killed"), files_of(tmp_path / "whole")
     manifests = [json.loads(files.pop("manifest.json")) for files in (ours, expected)]
