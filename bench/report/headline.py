@@ -34,7 +34,8 @@ def lines(source: Source) -> list[Line]:
 
 
 def _training(source: Source) -> Iterator[Line]:
-    for rows in grouped(source.rows("train"), lambda row: (row.op, row.dtype)):
+    results = source.of("train")
+    for rows in (rows for one in results for rows in grouped(one.rows, lambda row: (row.op, row.dtype))):
         mine = main_of(rows)
         if mine is None:
             continue
@@ -52,9 +53,9 @@ def _ops(source: Source) -> Iterator[Line]:
         base = next((str(value) for name, value in row.shape if name == "base"), "")
         return (row.op, row.dtype, base)
 
-    for rows in grouped(source.rows("kernels", "ops"), key):
+    for rows in (rows for one in source.of("kernels", "ops") for rows in grouped(one.rows, key)):
         whole = [row for row in rows if "+" in row.phase] or rows
-        cases = grouped(whole, lambda row: (row.benchmark, row.phase, row.shape_text))
+        cases = grouped(whole, lambda row: (row.phase, row.shape_text))
         found: dict[str, list[tuple[Row, Row]]] = {}
         for case in cases:
             mine = main_of(case)
@@ -121,8 +122,10 @@ def _verdict(found: Ratio | None, floor: float | None) -> tuple[str, bool | None
 
 def _quality(source: Source) -> Iterator[Line]:
     """Loss of a quantised checkpoint: ours beside the best other of the same scheme."""
-    rows = [row for row in source.rows() if "KL" in row.figures]
-    for alike in grouped(rows, lambda row: (row.benchmark, row.dtype, row.shape_text)):
+    rows = [(i, row) for i, one in enumerate(source.results) for row in one.rows if "KL" in row.figures]
+    schemes = dict.fromkeys((i, row.dtype, row.shape_text) for i, row in rows)
+    for scheme in schemes:
+        alike = [row for i, row in rows if (i, row.dtype, row.shape_text) == scheme]
         mine = min((row for row in alike if is_ours(row)), key=_kl, default=None)
         other = min((row for row in alike if not is_ours(row)), key=_kl, default=None)
         if mine is None or other is None:

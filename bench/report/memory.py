@@ -42,12 +42,13 @@ def tokens(row: Row) -> int | None:
 def _cases(source: Source) -> Iterator[list[Row]]:
     def key(row: Row) -> tuple[object, ...]:
         rest = tuple(pair for pair in row.shape if pair[0] not in TOKENS)
-        return (row.benchmark, row.op, row.phase, row.dtype, rest)
+        return (row.op, row.phase, row.dtype, rest)
 
-    rows = [row for row in source.rows() if MEMORY in row.figures and tokens(row)]
-    for case in grouped(rows, key):
-        if len({tokens(row) for row in case}) >= LEAST_COUNTS and _is_whole(case[0], rows):
-            yield case
+    for one in source.results:
+        rows = [row for row in one.rows if MEMORY in row.figures and tokens(row)]
+        for case in grouped(rows, key):
+            if len({tokens(row) for row in case}) >= LEAST_COUNTS and _is_whole(case[0], rows):
+                yield case
 
 
 def _is_whole(row: Row, rows: Sequence[Row]) -> bool:

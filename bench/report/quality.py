@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -94,11 +95,12 @@ def _picture(rows: Sequence[Row]) -> Markup:
     name = "KL" if all("KL" in row.figures for row in rows) else "perplexity"
     rows = [row for row in rows if name in row.figures]
     divisor, unit = scale("bytes", max(row.figures["size"].p50 for row in rows))
+    common = set.intersection(*(set(row.shape) for row in rows))
     series = []
     for row in rows:
         loss, size = row.figures[name], row.figures["size"].p50
         low, high = _ends(loss)
-        label = f"{row.variant}, {row.shape_text}" if row.shape_text else row.variant
+        label = ", ".join([row.variant, *_own(row, common)])
         series.append(
             Series(
                 label, [size / divisor], [loss.p50], [low], [high], ours=is_ours(row), line=False,
@@ -110,8 +112,14 @@ def _picture(rows: Sequence[Row]) -> Markup:
         y = around([v for one in series for v in one.y], 0.15)
     return plot(
         series, around([one.x[0] for one in series], 0.12), y, x_name=f"{unit} on disk",
-        y_name=f"{name}{', nats a token' if name == 'KL' else ''}", height=340, label_room=260,
+        y_name=f"{name}{', nats a token' if name == 'KL' else ''}", height=340, label_room=230,
     )  # fmt: skip
+
+
+def _own(row: Row, common: Collection[tuple[str, Any]]) -> list[str]:
+    """The parts of its shape that not all rows have; words of a scheme that the name tells are left out."""
+    differing = [pair for pair in row.shape if pair not in common and not isinstance(pair[1], str)]
+    return [f"{name.removesuffix('_size')} {value}" for name, value in differing]
 
 
 def _ends(figure: Figure) -> tuple[float, float]:

@@ -72,8 +72,8 @@ def _modelled(results: Results) -> Roofline | None:
         names = ", ".join(dict.fromkeys(_kernel(row) for row in moving))
         least = min(_shares(row)[0] for row in moving)
         left = (
-            f"Not in the plot are {len(moving)} that multiply no matrices ({names}): they reach {least:.0%} "
-            "or more of the bandwidth."
+            f"Without products of matrices, so not in the plot: {names} ({len(moving)} in all), at "
+            f"{least:.0%} or more of the bandwidth."
         )
     picture = _picture(computing, rates) if computing else Markup()
     return Roofline(rates.card, says, picture, [_point(row) for row in ordered], left)

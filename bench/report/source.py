@@ -35,6 +35,10 @@ class Source:
     results: tuple[Results, ...]
     runs: tuple[Run, ...] = ()
 
+    def of(self, *kinds: str) -> list[Results]:
+        """The files of the kinds, in the kinds' order."""
+        return [one for kind in kinds for one in self.results if one.kind == kind]
+
     def rows(self, *kinds: str) -> list[Row]:
         """Of the kinds, or all."""
         return [row for one in self.results if not kinds or one.kind in kinds for row in one.rows]

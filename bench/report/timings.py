@@ -59,8 +59,8 @@ SHOWN = 6  # panels of an op that are open
 
 def groups(source: Source) -> Iterator[Group]:
     """Of all results with times that are compared with others'."""
-    compared = [one for kind in ("train", "kernels", "ops") for one in source.results if one.kind == kind]
-    for one in compared:
+    for one in source.of("train", "kernels", "ops"):
+        file = f" in {one.path.name}" if len(source.of(one.kind)) > 1 else ""
         for rows in grouped(one.rows, lambda row: row.op):
             cases = [case for case in grouped(rows, lambda row: row.case) if any(map(times, case))]
             if not cases:
@@ -68,7 +68,7 @@ def groups(source: Source) -> Iterator[Group]:
             panels = [_panel(case) for case in cases]
             first = _first_shown(cases)
             yield Group(
-                f"Training step: {rows[0].op.upper()}" if one.kind == "train" else rows[0].op,
+                (f"Training step: {rows[0].op.upper()}" if one.kind == "train" else rows[0].op) + file,
                 _clock(one, rows),
                 _says(cases),
                 [panels[i] for i in first],

@@ -123,3 +123,40 @@ def quantizers() -> Json:
     return {
         "kind": "quantizers", "provenance": provenance(), "protocol": protocol, "rows": rows, "samples": runs
     }  # fmt: skip
+
+
+def kernels_on_a_gpu() -> Json:
+    report = kernels()
+    report["protocol"] |= {"device": "cuda", "clock": "CUDA events"}
+    rates = {"card": "RTX 4090", "half": 165.2e12, "single": 82.6e12, "memory": 1008e9}
+    report["protocol"]["rates"] = rates
+    report["provenance"]["machine"]["gpus"] = [{"name": "NVIDIA GeForce RTX 4090", "power.limit": "450.00 W"}]
+    rows = []
+    for tokens in (128, 512, 2048):
+        variants = (("qtrain", 1.0, 10), ("qtrain (again)", 1.0, 10), ("peft", 2.0, tokens))
+        for variant, factor, peak in variants:
+            seconds = [1e-6 * tokens * factor * second for second in QUIET]
+            changes = {"rows": tokens, "peak_bytes": peak << 20, "roofline_s": 3e-5, "roofline_share": 0.5}
+            rows.append(kernel_row(variant, seconds, **changes))
+    return report | {"rows": rows}
+
+
+def cards() -> Json:
+    def card(name: str, kernel: str, flops: float, spills: int) -> Json:
+        seen = {
+            "shape": {"rows": 512, "outputs": 1024, "inner": 1024},
+            "ideal_bytes": 4e6, "touched_bytes": 4e6, "flops": flops, "bound": "tensor",
+            "overlapped_us": 6.5, "serial_us": 13.0, "roofline_us": 6.5,
+        }  # fmt: skip
+        return {
+            "specimen": name, "kernel": kernel, "arch": 89, "registers": 168,
+            "spill_stores": spills, "spill_loads": 0, "shared_bytes": 65536, "occupancy": 0.25,
+            "other_per_mma": 3.4, "emulated": seen, "over_budget": ["1 spill"] if spills else [],
+        }  # fmt: skip
+
+    found = [
+        card("lora_linear forward nf4", "_forward_kernel", 1.07e9, 0),
+        card("lora_linear dA", "_weight_grad_kernel", 6.7e7, 1),
+        card("nf4_dequantize bf16", "_dequantize_kernel", 0.0, 0),
+    ]
+    return {"kind": "cards", "timed": False, "provenance": provenance(), "cards": found, "failures": []}
