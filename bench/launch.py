@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,18 @@ def run_worker(
 
 
 def run_job(
-    python: Path, worker: str, job: dict[str, Any], *, threads: int, timeout_s: float
+    python: Path,
+    worker: str,
+    job: dict[str, Any],
+    *,
+    threads: int,
+    timeout_s: float,
+    settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run `workers/<worker>.py` once with a job of its own kind and return the result it wrote.
 
-    `output` (the JSON file to leave) and `scratch` (an empty folder) are added to the job.
+    `output` (the JSON file to leave) and `scratch` (an empty folder) are added to the job, `settings` to its
+    environment.
 
     Raises:
         WorkerFailed: as `run_worker`.
@@ -98,7 +106,7 @@ def run_job(
             done = subprocess.run(
                 command,
                 cwd=scratch,
-                env=environment(threads) | extra,
+                env=environment(threads) | extra | dict(settings or {}),
                 capture_output=True,
                 text=True,
                 timeout=timeout_s,

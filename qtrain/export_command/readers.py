@@ -248,6 +248,7 @@ def vllm_server(
     longest: int,
     top: int = 20,
     dtype: str = "auto",
+    sequences: int = 4,
     threads: int = 2,
     timeout_s: float = 600,
     cache: Path = CACHE,
@@ -257,10 +258,11 @@ def vllm_server(
     Args:
         scratch: a folder for its log and caches.
         longest: tokens of a request, with those that are made.
+        sequences: requests that it works on at once.
     """
     peer = Peer(ENVIRONMENTS["vllm"], cache)
-    options = ["--dtype", dtype, "--max-model-len", str(longest), "--max-num-seqs", "4", "--enforce-eager"]
-    options += ["--max-logprobs", str(top), "--generation-config", "vllm"]
+    options = ["--dtype", dtype, "--max-model-len", str(longest), "--enforce-eager"]
+    options += ["--max-num-seqs", str(sequences), "--max-logprobs", str(top), "--generation-config", "vllm"]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         options.append("--skip-tokenizer-init")
     settings = {
