@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -14,10 +13,8 @@ from qtrain.export.disk import free_bytes, size_text
 from qtrain.export.planned_cost import PlannedCost, planned_cost
 from qtrain.export.structure import linear
 
+from .quantize_job import Job
 from .verdict import say
-
-if TYPE_CHECKING:
-    from .quantize import Job
 
 # Measured on SmolLM2-135M with one thread (docs/export.md says how): the share of a plain product's rate
 # that a layer reaches, and what rounding a weight and refining it once more take besides products.

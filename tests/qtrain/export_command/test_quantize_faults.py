@@ -1,0 +1,171 @@
+"""How `qtrain export gptq` and `awq` refuse: damaged models, full disks, wrong options."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.qtrain.export_command.exports import SMALL, export, make_world, manifest_of, refused
+from tests.qtrain.tiny import save_tiny_base
+from tests.small_disk import small_disk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, one whose head is not tied, rows, a text, and a 4-bit run with held-out rows."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def _damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    base = shutil.copytree(world / "base", place)
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def test_nan_weights(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+
+    base = _damaged_base(world, tmp_path / "base", change)
+    words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    line = refused(capsys, "gptq", *words)
+    assert "model.layers.1.mlp.up_proj.weight holds 1 NaN and 0 infinite values" in line
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_values_beyond_float16_are_stored_in_bfloat16(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][3] = 1e5
+
+    base = _damaged_base(world, tmp_path / "base", change)
+    words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out", "--gate", "off")
+    code, text, errors = export(capsys, "gptq", *words)
+    assert code == 0, errors
+    assert "model.norm.weight holds values up to 1e+05, beyond float16" in text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "beyond float16" in manifest_of(tmp_path / "out")["stored_dtype"]["reason"]
+
+
+def test_corrupt_safetensors(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    assert f"{weights} is damaged or no safetensors file" in refused(capsys, "awq", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_architecture_without_decoder_layers_of_linears(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mystery9"}))
+    words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    line = refused(capsys, "gptq", *words)
+    assert "Qwen2, Qwen3, Llama and Mistral are supported" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_adapter_for_another_base(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_tiny_base(tmp_path / "base", hidden_size=32, intermediate_size=128)
+    words = (*SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    line = refused(capsys, "gptq", base, "--adapter", world / "run" / "adapter", *words)
+    assert "is for another base: model.layers.0.self_attn.q_proj is 64 x 64 there and 32 x 32 in" in line
+
+
+def test_a_full_disk(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (world / "base", *SMALL, "--calib-data", world / "text.txt", "--gate", "off")
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "filler").write_bytes(b"x" * 950_000)
+        line = refused(capsys, "gptq", *words, "--out", disk / "out")
+        assert f"{disk / 'out'} needs 1" in line
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+        # room for the layers, and not for the checkpoint after them: it goes on where there is room again
+        (disk / "filler").write_bytes(b"x" * 855_000)
+        line = refused(capsys, "gptq", *words, "--out", disk / "out")
+        assert "disk full while writing" in line
+        assert sorted(path.name for path in disk.iterdir()) == ["filler", "out.journal"]
+        (disk / "filler").unlink()
+        code, text, errors = export(capsys, "gptq", *words, "--out", disk / "out", "--resume")
+        assert code == 0, errors
+        assert "resumed: 2 of 2 layers" in text
+        assert [path.name for path in disk.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gptq", "base", *SMALL, "--out", "new"], "give rows like those it will see: --calib-data FILE"),
+        (
+            ["gptq", "base", "--out", "new", "--calib-data", "text.txt"],
+            "group_size 128 does not divide its in_features 64 (nor those of 11 others)",
+        ),
+        (["gptq", "run", "--bits", "3"], "--bits is 3, must be one of 2, 4, 8"),
+        (["gptq", "run", "--group-size", "48"], "--group-size is 48, must be one of 32, 64, 128, -1"),
+        (["gptq", "run", "--act-order", "ful"], "--act-order is ful, must be one of static, off, full"),
+        (["gptq", "run", "--format", "awq"], "--format is awq, must be one of gptq, compressed-tensors"),
+        (["gptq", "run", "--rounding", "up"], "--rounding is up, must be one of gptq, nearest"),
+        (["gptq", "run", "--damp", "2"], "--damp is 2, must be 0 .. 1"),
+        (["gptq", "run", "--calib", "0"], "--calib is 0, must be 1 or more"),
+        (["gptq", "run", "--gate", "ppk=3"], "did you mean ppl?"),
+        (["gptq", "run", "--gate", "kl=-1"], "kl is '-1', must be a number of 0 or more"),
+        (["gptq", "run", "--rows", "0"], "--rows 0 leaves nothing to measure; give --gate off with it"),
+        (["gptq", "run", *SMALL, "--set", "modules.dwn_proj.bits=8"], "did you mean modules.down_proj.bits?"),
+        (["gptq", "run", *SMALL, "--set", "modules.down_proj.bit=8"], "did you mean modules.down_proj.bits?"),
+        (["gptq", "run", *SMALL, "--set", "module.down_proj.bits=8"], "did you mean modules.down_proj.bits?"),
+        (["gptq", "run", *SMALL, "--set", "modules.down_proj.bits=5"], "'5' must be one of 2, 4, 8, 16"),
+        (["gptq", "run", *SMALL, "--set", "modules.model.bits=16"], "leaves every module in 16 bits"),
+        (["awq", "run", "--bits", "8"], "AWQ GEMM holds 4 bits, not 8; use --format compressed-tensors"),
+        (["awq", "run", "--act-order", "full"], "--format awq has no g_idx; use --act-order static"),
+        (["awq", "run", *SMALL, "--set", "modules.q_proj.group_size=64"], "one scheme for all modules"),
+        (["awq", "untied", *SMALL, "--lm-head", "--out", "new"], "readers of AWQ GEMM keep the head in 16"),
+        (
+            ["gptq", "run", *SMALL, "--calib-length", "4096", "--calib-data", "text.txt"],
+            "windows of 4096 tokens, but the model's max_position_embeddings is 2048",
+        ),
+        (["gptq", "run", *SMALL[:-1], "1024"], "less than one window of 1024"),
+        (["gptq", "run", *SMALL, "--calib-data", "nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["gptq", "run", *SMALL, "--calib-data", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["gptq", "run", "--device", "tpu"], "--device is tpu, must be one of auto, cpu, cuda"),
+        (["gptq", "base", *SMALL, "--adapter", "gone", "--out", "new"], "gone holds no adapter_config.json"),
+        (["gptq", "./runs/v9"], "there is no run or model ./runs/v9"),
+        (["verify", "base"], "is not quantised: its config.json has no quantization_config"),
+        (["verify", "nowhere"], "nowhere holds no config.json; give a quantised model folder"),
+    ],
+)
+def test_mistakes(
+    world: Path,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(world)
+    before = sorted(world.rglob("*"))
+    assert message in refused(capsys, *words)
+    assert sorted(world.rglob("*")) == before
+
+
+def test_what_is_there_is_not_written_over(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    words = ("gptq", world / "run", *SMALL, "--out", tmp_path / "out")
+    assert "exists already; --force replaces it" in refused(capsys, *words)
+    assert export(capsys, *words, "--force")[0] == 0
+    assert not (tmp_path / "out" / "mine").exists()
