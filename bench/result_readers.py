@@ -163,12 +163,19 @@ class QuantizerCost(Checked):
     peak_bytes: int
 
 
+class QuantizerScore(Checked):
+    """By held-out window."""
+
+    kl: list[AtLeastZero]
+
+
 class QuantizerSample(Checked):
     """One export."""
 
     name: str
     group_size: int
     result: QuantizerCost | None = None
+    score: QuantizerScore | None = None
 
 
 class QuantizerRow(Checked):
@@ -194,11 +201,12 @@ def quantizer_rows(report: Mapping[str, Any]) -> Iterator[Row]:
     """Of `bench quantizers`; the interval of KL is over the held-out windows."""
     samples = list(each(QuantizerSample, report.get("samples") or [], "samples"))
     for row in each(QuantizerRow, report["rows"]):
-        mine = [one.result for one in samples if (one.name, one.group_size) == (row.name, row.group_size)]
-        costs = [cost for cost in mine if cost is not None]
+        mine = [one for one in samples if (one.name, one.group_size) == (row.name, row.group_size)]
+        costs = [one.result for one in mine if one.result is not None]
+        windows = next((tuple(one.score.kl) for one in mine if one.score is not None), ())
         figures = _quality(row) + _export_costs(costs) if row.status == OK else []
         shape = {"group_size": row.group_size, "symmetry": "symmetric" if row.symmetric else "asymmetric"}
-        details = row.model_dump(exclude_none=True)
+        details = row.model_dump(exclude_none=True) | {"KL by window": windows}
         yield make_row(
             "quantizers", row.op, row.name, "", f"{row.bits}-bit", shape, row.status, figures, details=details
         )

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..compare import LEAST_FLOOR
-from ..results import MEMORY, Figure, Row
-from ..statistics import Ratio
+from ..results import MEMORY, Row
+from ..statistics import RESAMPLES, Ratio
 from .source import Source, grouped, is_ours, main_of, peers_of, ratio, times
 from .text import DASH, median_of
 from .text import ratio as ratio_text
@@ -132,30 +134,36 @@ def _quality(source: Source) -> Iterator[Line]:
             continue
         a, b = mine.figures["KL"], other.figures["KL"]
         memory = ratio(other.figures.get(MEMORY), mine.figures.get(MEMORY))
-        apart = _apart(a, b)
+        found = _loss_ratio(mine, other)
+        said = None if found is None else found.verdict(LEAST_FLOOR)
         yield Line(
             f"KL to 16 bits: {mine.dtype}, {mine.shape_text}",
             mine.variant,
             other.variant,
             f"{a.p50:.4f} / {b.p50:.4f} nats",
-            f"{b.p50 / a.p50:.2f}" if a.p50 > 0 else DASH,
+            ratio_text(found),
             DASH if memory is None else f"{memory.estimate:.1f}",
-            "no difference" if not apart else "loses less" if b.p50 > a.p50 else "loses more",
-            None if not apart else b.p50 > a.p50,
+            {"more": "nearer", "less": "farther", None: DASH}.get(said, "no difference"),
+            {"more": True, "less": False}.get(said or ""),
         )
+
+
+def _loss_ratio(mine: Row, other: Row) -> Ratio | None:
+    """Mean KL of the other to ours; with a paired bootstrap where both were scored on the same windows."""
+    a, b = mine.figures["KL"], other.figures["KL"]
+    if a.p50 <= 0:
+        return None
+    ours, theirs = (np.asarray(row.details.get("KL by window") or ()) for row in (mine, other))
+    estimate = b.p50 / a.p50
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return Ratio(estimate, estimate, estimate)
+    chosen = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+    low, high = np.percentile(theirs[chosen].mean(axis=1) / ours[chosen].mean(axis=1), [2.5, 97.5])
+    return Ratio(float(low), estimate, float(high))
 
 
 def _kl(row: Row) -> float:
     return row.figures["KL"].p50
-
-
-def _apart(a: Figure, b: Figure) -> bool:
-    """Whether each interval (of the held-out windows; else 1 %) leaves the other's value out."""
-    for one, other in ((a, b), (b, a)):
-        low, high = one.interval or (one.p50 * (1 - LEAST_FLOOR), one.p50 * (1 + LEAST_FLOOR))
-        if low <= other.p50 <= high:
-            return False
-    return True
 
 
 def _seconds(row: Row) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 
 from markupsafe import Markup
@@ -51,11 +51,10 @@ def _notes(source: Source) -> Iterator[str]:
         yield f"Made with uncommitted changes: {', '.join(dirty)}."
 
 
-def _machine(setting: object) -> str:
-    assert isinstance(setting, dict)
-    parts = [str(setting.get("CPU", "an unnamed CPU"))]
+def _machine(setting: Mapping[str, str]) -> str:
+    parts = [setting.get("CPU", "an unnamed CPU")]
     if setting.get("GPU", "none") != "none":
-        parts.append(str(setting["GPU"]))
+        parts.append(setting["GPU"])
     if "threads" in setting:
         parts.append(f"{setting['threads']} threads")
     return ", ".join(parts)

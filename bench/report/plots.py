@@ -31,6 +31,8 @@ class Series:
     titles: Sequence[str] | None = None
     line: bool = True
     faint: bool = False
+    left: bool = False
+    """Named on its left."""
 
 
 def interval_cell(axis: Axis, low: float, middle: float, high: float, *, ours: bool, title: str) -> Markup:
@@ -67,13 +69,14 @@ def plot(
     x_ticks: Sequence[float] | None = None,
     back: str = "",
     label_room: int = 0,
+    kind: str = "",
 ) -> Markup:
     """Series in one box, each named at its right end; `back` is SVG that lies behind them."""
     frame = _frame(x, y, x_ticks or x.ticks(6), height)
     drawn = "".join(_series(one, x, y) for one in sorted(series, key=lambda one: one.ours))
     labels = _end_labels(series, x, y, height)
     return Markup(
-        f'<figure class="plot" style="--room:{label_room}px"><figcaption>{escape(y_name)}</figcaption>'
+        f'<figure class="plot {kind}" style="--room:{label_room}px"><figcaption>{escape(y_name)}</figcaption>'
         f'<div class="box" style="height:{height}px">'
         f'<svg role="img" aria-label="{escape(y_name)} by {escape(x_name)}">'
         f'{frame}{back}{drawn}{labels}</svg></div><p class="xname">{escape(x_name)}</p></figure>'
@@ -137,14 +140,24 @@ def _series(one: Series, x: Axis, y: Axis) -> str:
 
 
 def _end_labels(series: Sequence[Series], x: Axis, y: Axis, height: int) -> str:
+    """Names beside the last points; those that stand above each other are moved apart."""
     named = [one for one in series if one.name]
+    columns = dict.fromkeys((one.x[-1], one.left) for one in named)
+    alike = ([one for one in named if (one.x[-1], one.left) == column] for column in columns)
+    return "".join(_column_of_labels(column, x, y, height) for column in alike)
+
+
+def _column_of_labels(named: Sequence[Series], x: Axis, y: Axis, height: int) -> str:
     ends = [height * (1 - y.at(one.y[-1]) / 100) for one in named]
     places = spread(ends, LABEL_PX, 6, height - 4)
-    return "".join(
-        f'<text class="label {"ours" if one.ours else ""}" x="{_at(x, one.x[-1])}" dx="9" y="{place:.1f}" '
-        f'dy="4">{escape(one.name)}</text>'
-        for one, place in zip(named, places, strict=True)
-    )
+    parts = []
+    for one, place in zip(named, places, strict=True):
+        beside = 'dx="-9" text-anchor="end"' if one.left else 'dx="9"'
+        parts.append(
+            f'<text class="label {"ours" if one.ours else ""}" x="{_at(x, one.x[-1])}" y="{place:.1f}" dy="4" '
+            f"{beside}>{escape(one.name)}</text>"
+        )
+    return "".join(parts)
 
 
 def _at(axis: Axis, value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,12 @@ from .text import digits, median_of, quantity, scale
 
 LOSSES = ("KL", "perplexity")
 FURTHER = (
-    "perplexity",
-    "top-1 agreement",
-    "task score",
-    "bits per weight",
-    "size",
-    "CPU time",
-    "wall time",
-    "memory",
+    *("perplexity", "top-1 agreement", "task score", "bits per weight", "size", "CPU time", "wall time"),
+    *("memory", "memory loaded", "prefill", "decode", "throughput", "TTFT", "TPOT"),
 )
-FURTHER += ("prefill", "decode", "throughput", "TTFT", "TPOT", "memory loaded")
+
+
+NEAR = 0.3  # of the range of sizes: names of points with others so near on their right stand on the left
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +77,11 @@ def _loss(row: Row) -> Figure | None:
     return next((row.figures[name] for name in LOSSES if name in row.figures), None)
 
 
+def _value(row: Row) -> float:
+    loss = _loss(row)
+    return math.inf if loss is None else loss.p50
+
+
 def _says(rows: Sequence[Row]) -> str:
     losing = [row for row in rows if "KL" in row.figures]
     if not losing:
@@ -96,6 +98,8 @@ def _picture(rows: Sequence[Row]) -> Markup:
     rows = [row for row in rows if name in row.figures]
     divisor, unit = scale("bytes", max(row.figures["size"].p50 for row in rows))
     common = set.intersection(*(set(row.shape) for row in rows))
+    sizes = [row.figures["size"].p50 for row in rows]
+    span = max(sizes) - min(sizes) or 1.0
     series = []
     for row in rows:
         loss, size = row.figures[name], row.figures["size"].p50
@@ -104,6 +108,7 @@ def _picture(rows: Sequence[Row]) -> Markup:
         series.append(
             Series(
                 label, [size / divisor], [loss.p50], [low], [high], ours=is_ours(row), line=False,
+                left=any(0 < (other - size) / span < NEAR for other in sizes),
                 titles=[f"{label}: {name} {digits(loss.p50)}, {quantity(size, 'bytes')}"],
             )
         )  # fmt: skip
@@ -111,8 +116,8 @@ def _picture(rows: Sequence[Row]) -> Markup:
     if name == "perplexity":
         y = around([v for one in series for v in one.y], 0.15)
     return plot(
-        series, around([one.x[0] for one in series], 0.12), y, x_name=f"{unit} on disk",
-        y_name=f"{name}{', nats a token' if name == 'KL' else ''}", height=340, label_room=230,
+        series, around([one.x[0] for one in series], 0.4), y, x_name=f"{unit} on disk",
+        y_name=f"{name}{', nats a token' if name == 'KL' else ''}", height=340, label_room=90, kind="dense",
     )  # fmt: skip
 
 
@@ -134,7 +139,7 @@ def _table(rows: Sequence[Row]) -> Table | None:
     columns = [
         name for name in FURTHER if any(name in row.figures for row in rows) and name != losses[0].name
     ]
-    ordered = sorted(rows, key=lambda row: loss.p50 if (loss := _loss(row)) is not None else float("inf"))
+    ordered = sorted(rows, key=_value)
     title = ", ".join(part for part in (rows[0].dtype, rows[0].shape_text) if part)
     unit = " (nats a token)" if losses[0].name == "KL" else ""
     return Table(

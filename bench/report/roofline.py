@@ -62,9 +62,9 @@ def _modelled(results: Results) -> Roofline | None:
     ordered = sorted(seen, key=lambda row: (row.flops or 0) / (row.ideal_bytes or 1))
     computing = [row for row in ordered if row.flops]
     says = (
-        f"{len(computing)} configurations of kernels on a {rates.card}, none of them timed: what the emulator"
-        " counted at small shapes, at the rates of the data sheet. A bar reaches from the speed if nothing "
-        "overlaps to the speed if everything does."
+        f"{len(computing)} configurations of kernels on the {rates.card}, none of them timed: what the "
+        "emulator counted at small shapes, at the rates of the data sheet. A bar reaches from the speed if "
+        "nothing overlaps to the speed if everything does."
     )
     moving = [row for row in ordered if not row.flops]
     left = ""
@@ -151,7 +151,7 @@ def _timed(results: Results) -> Roofline | None:
     series = [_timed_point(row) for row in rows]
     x, y = _axes(series, rates)
     mine = sorted(row.roofline_share or 0 for row in rows if is_ours(row))
-    says = f"{len(rows)} cases timed on a {rates.card}; bars are 5th to 95th percentiles."
+    says = f"{len(rows)} cases timed on the {rates.card}; bars are 5th to 95th percentiles."
     if mine:
         among = f"{mine[0]:.0%} to {mine[-1]:.0%}"
         says += f" qtrain's reach {among} of the roofline, {median([mine]):.0%} in the median."
