@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import EMBEDDING
 from .errors import ExportError
 from .nf4_base import empty_model
 
@@ -104,7 +105,8 @@ def find_structure(folder: Path) -> Structure:
     """
     model = empty_model(folder)
     layers = _decoder_layers(model)
-    calls = layer_calls(model, layers, torch.zeros(1, 4, model.config.hidden_size))
+    _check_supported(folder, model, layers)
+    calls = layer_calls(model, layers, torch.ones(1, 4, model.config.hidden_size))
     stages, sizes = None, None
     for index, call in enumerate(calls):
         layer = model.get_submodule(f"{layers}.{index}")
@@ -132,6 +134,8 @@ def layer_calls(model: Any, layers: str, embedded: Tensor) -> list[dict[str, Any
     calls: list[dict[str, Any]] = []
 
     def record(hidden_states: Tensor, **call: Any) -> Tensor:
+        if not torch.equal(hidden_states, embedded):
+            raise _scaled(model)
         calls.append(call)
         return hidden_states
 
@@ -164,6 +168,31 @@ def _decoder_layers(model: nn.Module) -> str:
             "Qwen2, Qwen3, Llama and Mistral are supported"
         )
     return max(lists, key=lambda name: lists[name])
+
+
+def _check_supported(folder: Path, model: nn.Module, layers: str) -> None:
+    """Weights that are no linear module's (experts in one tensor) would be left in 16 bits without a word."""
+    for layer, module in model.get_submodule(layers).named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and not isinstance(module, nn.Linear):
+                raise ExportError(
+                    f"{folder}: {layers}.{layer}.{name} belongs to a {type(module).__name__}, which can't be "
+                    "quantised; Qwen2, Qwen3, Llama and Mistral (without experts) are supported"
+                )
+    if EMBEDDING not in dict(model.named_parameters()):
+        raise ExportError(
+            f"{folder}: {type(model).__name__} has no {EMBEDDING}; "
+            "Qwen2, Qwen3, Llama and Mistral are supported"
+        )
+    if type(model.get_submodule(EMBEDDING.rpartition(".")[0])) is not nn.Embedding:
+        raise _scaled(model)
+
+
+def _scaled(model: nn.Module) -> ExportError:
+    return ExportError(
+        f"{type(model).__name__} changes the embedding before its first layer, which is not supported; "
+        "Qwen2, Qwen3, Llama and Mistral are supported"
+    )
 
 
 def _trace(layer: nn.Module, call: dict[str, Any], width: int) -> tuple[Stage, ...]:

@@ -79,3 +79,25 @@ def test_layers_without_linear_modules_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "gpt2")  # its projections are Conv1D
     with pytest.raises(ExportError, match="Qwen2, Qwen3, Llama and Mistral"):
         find_structure(tmp_path / "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("Mixtral", {"num_local_experts": 2}, "belongs to a MixtralTopKRouter, which can't be quantised"),
+        ("Gemma2", {"head_dim": 16}, "Gemma2ForCausalLM changes the embedding before its first layer"),
+        ("GPTNeoX", {}, "GPTNeoXForCausalLM has no model.embed_tokens.weight"),
+    ],
+)
+def test_other_architectures_are_refused(
+    name: str, settings: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **settings)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match="Qwen2, Qwen3, Llama and Mistral") as caught:
+        find_structure(tmp_path)
+    assert message in str(caught.value)
