@@ -154,8 +154,8 @@ def _column_of_labels(named: Sequence[Series], x: Axis, y: Axis, height: int) ->
     for one, place in zip(named, places, strict=True):
         beside = 'dx="-9" text-anchor="end"' if one.left else 'dx="9"'
         parts.append(
-            f'<text class="label {"ours" if one.ours else ""}" x="{_at(x, one.x[-1])}" y="{place:.1f}" dy="4" '
-            f"{beside}>{escape(one.name)}</text>"
+            f'<text class="label {"ours" if one.ours else ""}" x="{_at(x, one.x[-1])}" y="{place:.1f}" '
+            f'dy="4" {beside}>{escape(one.name)}</text>'
         )
     return "".join(parts)
 

@@ -116,7 +116,7 @@ def _picture(rows: Sequence[Row]) -> Markup:
     if name == "perplexity":
         y = around([v for one in series for v in one.y], 0.15)
     return plot(
-        series, around([one.x[0] for one in series], 0.4), y, x_name=f"{unit} on disk",
+        series, around([one.x[0] for one in series], 0.55), y, x_name=f"{unit} on disk",
         y_name=f"{name}{', nats a token' if name == 'KL' else ''}", height=340, label_room=90, kind="dense",
     )  # fmt: skip
 

@@ -116,12 +116,10 @@ def quantizers() -> Json:
         rows.append({"op": "quantize", "bits": 4, "n": 2, **about, **figures})
         cost = {"wall_s": cpu_s, "baseline_bytes": 300 << 20, "peak_bytes": 900 << 20}
         score = {"kl": [0.9 * kl, kl, 1.1 * kl, 1.01 * kl, 0.99 * kl]}
-        runs += [
-            about | {"run": run, "score": score, "result": cost | {"cpu_s": cpu_s + run}} for run in (1, 2)
-        ]
-    rows.append(
-        about | {"op": "quantize", "bits": 4, "name": "auto-round (light)", "status": "not installed: x"}
-    )
+        for run in (1, 2):
+            runs.append(about | {"run": run, "score": score, "result": cost | {"cpu_s": cpu_s + run}})
+    missing = {"name": "auto-round (light)", "status": "not installed: python -m ..."}
+    rows.append({"op": "quantize", "bits": 4, **about, **missing})
     protocol = {"threads": 2, "rounds": 2}
     return {
         "kind": "quantizers", "provenance": provenance(), "protocol": protocol, "rows": rows, "samples": runs
