@@ -37,10 +37,10 @@ def quantizers(
     variant: Annotated[
         list[str] | None, typer.Option(help="Only variants whose name contains this; repeatable.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Exports by this project.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Exports by this project.")] = 2,
     peer_rounds: Annotated[int, typer.Option(min=1, help="Exports by each peer.")] = 1,
     calib: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
-    held_out: Annotated[int, typer.Option(min=2, help="Held-out windows.")] = 24,
+    held_out: Annotated[int, typer.Option(min=2, help="Held-out windows.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one export may take.")] = 3600,

@@ -16,7 +16,7 @@ def main() -> None:
     import torch
     from auto_round import AutoRound
 
-    windows = torch.tensor(job.calibration())
+    windows: Any = torch.tensor(job.calibration())
     batch = int(job.options["batch"])
     settings: dict[str, Any] = {
         "scheme": "W4A16",
