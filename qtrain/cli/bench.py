@@ -10,12 +10,15 @@ from qtrain.bench.kernels_command import kernels
 from qtrain.bench.quantizers_command import quantizers
 from qtrain.bench.report_command import report
 
+from .bench_checkpoints import checkpoints
+
 app = typer.Typer(no_args_is_help=True)
 app.command("cards")(cards)
 app.command("kernels")(kernels)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("quantizers")(quantizers)
+app.command("checkpoints")(checkpoints)
 
 
 @app.callback()

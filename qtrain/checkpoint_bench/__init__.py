@@ -1,0 +1,1 @@
+"""`qtrain bench checkpoints`: the forms in which one run can be served, side by side."""
