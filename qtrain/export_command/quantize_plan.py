@@ -18,7 +18,7 @@ from .verdict import say
 
 # Measured on SmolLM2-135M with one thread (docs/export.md says how): the share of a plain product's rate
 # that a layer reaches, and what rounding a weight and refining it once more take besides products.
-EFFICIENCY = 0.6
+EFFICIENCY = 0.7
 ROUNDING, REFINING = 9e-8, 9e-8  # seconds a weight
 DISK = 3e8  # bytes read, cast, hashed and written in a second
 TORCH = 300 * 2**20  # bytes of torch's import

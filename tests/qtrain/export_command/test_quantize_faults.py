@@ -144,6 +144,7 @@ def test_a_full_disk(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["gptq", "base", *SMALL, "--adapter", "gone", "--out", "new"], "gone holds no adapter_config.json"),
         (["gptq", "./runs/v9"], "there is no run or model ./runs/v9"),
         (["verify", "base"], "is not quantised: its config.json has no quantization_config"),
+        (["verify", "base", "--reader", "tgi"], "there is no reader 'tgi'; there are vllm, gptqmodel"),
         (["verify", "nowhere"], "nowhere holds no config.json; give a quantised model folder"),
     ],
 )

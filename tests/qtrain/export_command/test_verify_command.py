@@ -16,6 +16,9 @@ from torch import Tensor
 from qtrain.cli import main
 from qtrain.export.formats.words import pack_columns, unpack_columns
 from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
+from qtrain.export.streamed_model import StreamedModel
+from qtrain.export_command import verify_reader
+from qtrain.export_command.readers import Reading
 from tests.qtrain.tiny import save_tiny_base, write_rows
 
 SMALL = ("--group-size", "32", "--calib", "6", "--calib-length", "32")
@@ -242,3 +245,34 @@ def test_what_the_manifest_says_is_enough(
     (folder / "manifest.json").unlink()
     assert _run("verify", "awq") == 2
     assert "name it: --reference RUN|MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("off_by", "code"), [(0.01, 0), (1.0, 1)])
+def test_a_reader_is_held_to_our_reading(
+    off_by: float,
+    code: int,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A reader whose log-probs are ours but for a constant; real ones are in tests/interop."""
+
+    def read_with(
+        reader: str, folder: Path, windows: list[list[int]], prompts: list[list[int]], **more: Any
+    ) -> Reading:
+        model = StreamedModel(folder, QuantizedCheckpoint.open(folder).weight)
+        states = torch.stack(model.hidden_states(windows))
+        found = model.logits(states.flatten(0, 1)).view(*states.shape[:2], -1)[:, :-1].log_softmax(-1)
+        top = found.topk(3)
+        targets = found.gather(2, torch.tensor(windows)[:, 1:, None])[..., 0]
+        greedy = torch.zeros(len(prompts), 2, dtype=torch.int64)
+        return Reading(
+            reader, {"version": "1"}, 0.0, targets + off_by, top.indices, top.values + off_by, prompts, greedy
+        )
+
+    monkeypatch.setattr(verify_reader, "read_with", read_with)
+    monkeypatch.setattr(verify_reader, "missing", lambda _: None)
+    found, text, errors = _verify(world / "awq", world, capsys, "--reader", "vllm")
+    assert found == code, errors
+    assert "vllm (version 1): log-probs differ by" in text
+    assert ("vllm reads another model" in errors) is bool(code)
