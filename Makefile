@@ -42,7 +42,7 @@ bench-quant: $(VENV)/.installed  ## 4-bit exports against GPTQModel, llm-compres
 	$(BIN)/qtrain bench quantizers
 
 bench-train: $(VENV)/.installed  ## training steps against TRL and unsloth
-	$(BIN)/python -m qtrain.bench.train
+	$(BIN)/qtrain bench train
 
 clean:  ## remove the environment and caches, not the runs
 	rm -rf $(VENV) .cache build .pytest_cache .mypy_cache .ruff_cache .hypothesis

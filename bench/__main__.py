@@ -8,7 +8,7 @@ from .cards_command import cards
 from .kernels_command import kernels
 from .layer_model import layer
 from .quantizers_command import quantizers
-from .train import main as train
+from .train_command import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("cards")(cards)

@@ -9,12 +9,14 @@ from qtrain.bench.compare_command import compare
 from qtrain.bench.kernels_command import kernels
 from qtrain.bench.quantizers_command import quantizers
 from qtrain.bench.report_command import report
+from qtrain.bench.train_command import train
 
 from .bench_checkpoints import checkpoints
 
 app = typer.Typer(no_args_is_help=True)
 app.command("cards")(cards)
 app.command("kernels")(kernels)
+app.command("train")(train)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("quantizers")(quantizers)
@@ -23,4 +25,4 @@ app.command("checkpoints")(checkpoints)
 
 @app.callback()
 def _group() -> None:
-    """What the kernels cost: cards of the compiled code, timings beside the peers."""
+    """What was gained: kernels, training steps, exports and served checkpoints, measured beside the peers."""

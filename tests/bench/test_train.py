@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from qtrain.bench.launch import WorkerFailed, environment, run_worker
 from qtrain.bench.peers.environments import PeerError, find_peer, peer_names
 from qtrain.bench.provenance import provenance, source_state
-from qtrain.bench.train import measure
+from qtrain.bench.train import _plan, measure
 from qtrain.bench.train_report import COLUMNS, against_best_peer, cells, long_rows
 from qtrain.bench.variants import AGAIN, BASELINE, OURS, TASKS, Variant, variants
 from qtrain.bench.workload import Workload
+from qtrain.cli.bench import app
 
 TINY = Workload(
     hidden_size=64,
@@ -183,3 +185,31 @@ def test_a_tiny_benchmark_passes_its_own_gate(tmp_path: Path) -> None:
         "ours": "ok",
         "trl": "not installed: python -m qtrain.bench.peers install trl",
     }
+
+
+def test_the_command_refuses_what_is_not_there(tmp_path: Path) -> None:
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(app, ["train", *words])
+
+    for words, expected in (
+        (["--task", "ppo"], "--task ppo: there is dpo, sft, sft-answers"),
+        (["--variant", "axolotl"], "--variant axolotl: there is TRL (default)"),
+        (["--out", str(tmp_path / "no" / "f.json")], "there is no folder"),
+    ):
+        found = run(*words)
+        assert found.exit_code == 2
+        assert expected in found.output.replace("\n", " ")
+
+
+def test_quick_is_the_default_of_each_side_once_and_ours_again(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+
+    def instead(tasks: list[str], chosen: list[str], **options: Any) -> tuple[list[Any], dict[str, Any]]:
+        found.update(options, names=[v.name for _, _, v in _plan(tasks, chosen, 1, 0, options["exact"])])
+        return [], {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtrain.bench.train.measure", instead)
+        assert CliRunner().invoke(app, ["train", "--quick"]).exit_code == 0
+    assert sorted(found["names"]) == [BASELINE, OURS, AGAIN]
+    assert (found["rounds"], found["steps"]) == (1, 1)
