@@ -123,13 +123,13 @@ def test_an_absent_peer_is_a_row_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_every_pin_is_exact() -> None:
-    assert peer_names() == ["trl", "unsloth"]
+    assert {"trl", "unsloth", "gptqmodel", "vllm"} <= set(peer_names())
     for name in peer_names():
         lines = find_peer(name).requirements.read_text().splitlines()
         pins = [line for line in lines if not line.startswith("#")]
         assert all(line.count("==") == 1 and "+" not in line for line in pins)
         assert sum(line.startswith("torch==") for line in pins) == 1
-    with pytest.raises(PeerError, match="there is no peer 'axolotl'; there are trl, unsloth"):
+    with pytest.raises(PeerError, match="there is no peer 'axolotl'; there are .*trl, unsloth"):
         find_peer("axolotl")
 
 
