@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
 from .compare import Comparison, Line
-from .results import Figure, Row
+from .results import Figure
 from .table import Column, terminal_table
 
 COLUMNS = (
@@ -36,9 +36,10 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(f"{a.kind}; {setting}", markup=False, soft_wrap=True)
     for name in dict.fromkeys(line.a.name for line in comparison.lines):
         lines = [line for line in comparison.lines if line.a.name == name]
-        table = terminal_table(_title(lines[0].a), COLUMNS, [_cells(line) for line in lines])
-        for row, line in zip(table.rows, lines, strict=True):
+        table = terminal_table(_title(lines[0].a), COLUMNS, list(_rows(lines)))
+        for place, (row, line) in enumerate(zip(table.rows, lines, strict=True), 1):
             row.style = STYLES.get(line.change)
+            row.end_section = place < len(lines) and lines[place].row.case != line.row.case
         console.print(table, markup=False)
     for text in _further(comparison):
         console.print(text, markup=False, soft_wrap=True)
@@ -58,6 +59,15 @@ def _title(figure: Figure) -> str:
     return figure.name + (f", {unit}" if unit else "")
 
 
+def _rows(lines: Sequence[Line]) -> Iterator[list[str]]:
+    """A case is named once, where its first variant is."""
+    previous = None
+    for line in lines:
+        case, *others = _cells(line)
+        yield ["" if line.row.case == previous else case, *others]
+        previous = line.row.case
+
+
 def _cells(line: Line) -> list[str]:
     ratio = line.ratio
     if ratio is None:
@@ -66,11 +76,7 @@ def _cells(line: Line) -> list[str]:
         said = f"{ratio.estimate:.2f}"
         said += "" if ratio.low == ratio.high else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
     floor = f"±{line.floor:.0%}" + ("" if line.measured_floor else "*")
-    return [_case(line.row), line.row.variant, _value(line.a), _value(line.b), said, floor, line.verdict]
-
-
-def _case(row: Row) -> str:
-    return " ".join(part for part in (row.op, row.shape_text, row.dtype, row.phase) if part)
+    return [line.row.where, line.row.variant, _value(line.a), _value(line.b), said, floor, line.verdict]
 
 
 def _value(figure: Figure) -> str:

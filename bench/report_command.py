@@ -14,7 +14,7 @@ FOLDER = Path("docs/benchmarks")
 def report(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILES...]", help=f"Results, or folders of them; default {FOLDER}/*.json."),
+        typer.Argument(metavar="[FILES...]", help=f"Results, folders of them, runs; default {FOLDER}."),
     ] = None,
     runs: Annotated[
         list[Path] | None, typer.Option(help="A run whose training curves are drawn; repeatable.")
@@ -34,7 +34,10 @@ def report(
 
     say = Console(stderr=True, highlight=False)
     try:
-        source = read_source(files or [FOLDER], runs or [])
+        given = list(files or [])
+        if all((path / "metrics.jsonl").is_file() for path in given):
+            given.append(FOLDER)
+        source = read_source(given, runs or [])
         _write(out, render(source).encode(), "--out")
         if png is not None:
             from .report.picture import draw

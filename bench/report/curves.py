@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -56,7 +58,7 @@ def methods(source: Source) -> Iterator[Method]:
 def _says(runs: Sequence[Run]) -> str:
     told = []
     for run in runs:
-        loss = [float(step["loss"]) for step in run.steps if isinstance(step.get("loss"), float | int)]
+        loss = [float(step["loss"]) for step in run.steps if _is_number(step.get("loss"))]
         if loss:
             tail = loss[-max(1, len(loss) // 10) :]
             end = digits(sum(tail) / len(tail))
@@ -66,12 +68,15 @@ def _says(runs: Sequence[Run]) -> str:
     return "; ".join(told) + ". Thin: every logged step. Thick: the mean of the steps around."
 
 
+def _is_number(value: Any) -> bool:
+    """Logged, and not a NaN of a run that broke."""
+    return isinstance(value, float | int) and math.isfinite(value)
+
+
 def _panel(quantity: str, runs: Sequence[Run]) -> Panel | None:
     found = []
     for number, run in enumerate(runs):
-        pairs = [
-            (s["step"], float(s[quantity])) for s in run.steps if isinstance(s.get(quantity), float | int)
-        ]
+        pairs = [(s["step"], float(s[quantity])) for s in run.steps if _is_number(s.get(quantity))]
         if len(pairs) > 1:
             found.append((run.name, number == len(runs) - 1, pairs))
     if not found:

@@ -15,6 +15,7 @@ from .text import quantity, scale
 
 TOKENS = ("M", "T", "tokens")
 LEAST_COUNTS = 2
+LEAST = float(1 << 16)  # bytes
 LOG_FROM = 30  # times as much as the least: then the axis is logarithmic
 SHOWN = 4
 
@@ -57,7 +58,7 @@ def _is_whole(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def _growth(case: Sequence[Row]) -> tuple[float, Growth]:
-    values = [max(row.figures[MEMORY].p50, 1.0) for row in case]
+    values = [_drawn(row) for row in case]
     divisor, unit = scale("bytes", max(values))
     counts = sorted({count for row in case if (count := tokens(row))})
     shown = [value / divisor for value in values]
@@ -90,13 +91,18 @@ def _growth(case: Sequence[Row]) -> tuple[float, Growth]:
     )
 
 
+def _drawn(row: Row) -> float:
+    """A process grows by pages: that is what less than a few of them is drawn as on a logarithmic axis."""
+    return max(row.figures[MEMORY].p50, LEAST)
+
+
 def _series(rows: Sequence[Row], divisor: float) -> Series:
     ordered = sorted(rows, key=lambda row: tokens(row) or 0)
     name = ordered[0].variant
     return Series(
         name,
         [float(tokens(row) or 0) for row in ordered],
-        [row.figures[MEMORY].p50 / divisor for row in ordered],
+        [_drawn(row) / divisor for row in ordered],
         ours=is_ours(ordered[0]),
         titles=[f"{name}, {tokens(r)} tokens: {quantity(r.figures[MEMORY].p50, 'bytes')}" for r in ordered],
     )

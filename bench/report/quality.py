@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -64,17 +64,21 @@ def quality(source: Source) -> Quality | None:
     rows = [row for row in source.rows() if row.benchmark in kinds]
     if not rows:
         return None
-    tables = [
-        _table(alike) for alike in grouped(rows, lambda row: (row.benchmark, row.dtype, row.shape_text))
-    ]
+    schemes = grouped(rows, lambda row: (row.benchmark, row.dtype, row.shape_text))
+    if len(schemes) == len(rows):  # one of each: beside each other
+        schemes = grouped(rows, lambda row: row.benchmark)
+    tables = [_table(alike) for alike in schemes]
     sized = [row for row in rows if "size" in row.figures and _loss(row)]
-    return Quality(
-        _says(rows), _picture(sized) if len(sized) > 1 else None, [t for t in tables if t is not None]
-    )
+    picture = _picture(sized) if len(sized) > 1 else None
+    return Quality(_says(rows), picture, [table for table in tables if table is not None])
 
 
 def _loss(row: Row) -> Figure | None:
     return next((row.figures[name] for name in LOSSES if name in row.figures), None)
+
+
+def _scheme(row: Row) -> str:
+    return ", ".join(part for part in (row.dtype, row.shape_text) if part)
 
 
 def _value(row: Row) -> float:
@@ -139,8 +143,10 @@ def _table(rows: Sequence[Row]) -> Table | None:
     columns = [
         name for name in FURTHER if any(name in row.figures for row in rows) and name != losses[0].name
     ]
-    ordered = sorted(rows, key=_value)
-    title = ", ".join(part for part in (rows[0].dtype, rows[0].shape_text) if part)
+    alike = len({(row.dtype, row.shape_text) for row in rows}) == 1
+    title = _scheme(rows[0]) if alike else rows[0].benchmark.capitalize()
+    named = [row if alike else replace(row, variant=f"{row.variant}, {_scheme(row)}") for row in rows]
+    ordered = sorted(named, key=_value)
     unit = " (nats a token)" if losses[0].name == "KL" else ""
     return Table(
         title, losses[0].name + unit, axis_cell(axis), columns, [_line(r, axis, columns) for r in ordered]

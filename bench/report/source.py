@@ -53,20 +53,24 @@ class Source:
 
 
 def read_source(files: Sequence[Path], runs: Sequence[Path]) -> Source:
-    """Of result files (a folder stands for all *.json in it) and run directories.
+    """Of result files and run directories; another folder stands for all *.json in it.
 
     Raises:
         ResultsError: no file, or one that is no result; a run without metrics.
     """
     paths: list[Path] = []
+    folders = list(runs)
     for path in files:
+        if (path / "metrics.jsonl").is_file():
+            folders.append(path)
+            continue
         found = sorted(path.glob("*.json")) if path.is_dir() else [path]
         if not found:
             raise ResultsError(
                 f"{path}: no *.json in it; qtrain bench kernels --out {path}/kernels.json makes one"
             )
         paths += found
-    return Source(tuple(read_results(path) for path in paths), tuple(read_run(run) for run in runs))
+    return Source(tuple(read_results(path) for path in paths), tuple(read_run(run) for run in folders))
 
 
 def read_run(folder: Path) -> Run:

@@ -194,6 +194,36 @@ def test_curves_and_roofline_say_where_they_are_from(whole: Path) -> None:
     assert "0123456789abcdef, clean tree" in text
 
 
+def test_checkpoints_of_one_run_stand_in_one_table(tmp_path: Path) -> None:
+    """Each of its own format and size; a format that no engine here reads is a line without figures."""
+    rows = [
+        {"op": "merged", "variant": "v2", "dtype": "bf16", "figures": {"perplexity": 20.0, "size": 270e6}},
+        {"op": "awq", "variant": "v2", "dtype": "int4", "figures": {"perplexity": 21.0, "decode": 80.0}},
+        {"op": "gptq", "variant": "v2", "dtype": "int4 sym", "status": "not installed: no vLLM"},
+    ]
+    parsed = Tables(page(tmp_path, {"checkpoints": {"kind": "checkpoints", "rows": rows}}))
+    [table] = [table for name, table in parsed.tables.items() if name.startswith("panel")]
+    texts = [[text for text, _ in line] for line in table]
+    assert texts[0][3:] == ["size", "decode"]
+    assert texts[1] == ["v2, bf16", "", "20.0", "257\u00a0MiB", "–"]
+    assert texts[2] == ["v2, int4", "", "21.0", "–", "80.0\u00a0tokens/s"]
+    assert texts[3] == ["v2, int4 sym", "not installed"]
+
+
+def test_a_run_may_stand_among_the_files(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    steps = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}]
+    lines = [json.dumps(step) for step in steps]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))  # still being written
+    files = [str(samples.save(samples.ops(), tmp_path / "ops.json")), str(run)]
+    out = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["bench", "report", *files, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "run: loss 3.00 at first, 1.00 over the last tenth of 2 steps" in Tables(out.read_text()).text
+    assert "nan" not in out.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
