@@ -128,6 +128,11 @@ class Run:
             found.update(f"{file.name}\0".encode() + file.read_bytes())
         return found.hexdigest()
 
+    def about(self) -> Sample:
+        """What is known of it beforehand."""
+        fixed = {"group_size": self.group_size, "run": self.turn + 1, "made_by": self.made_by()}
+        return asdict(self.variant) | fixed
+
     def load(self) -> Sample | None:
         """The sample, if it was made by the code that is here now."""
         path = self.folder / "sample.json"
@@ -165,11 +170,10 @@ def _told(sample: Sample) -> str:
 
 def _export(run: Run, windows: Path) -> Sample:
     variant, plan = run.variant, run.plan
-    about = {**asdict(variant), "group_size": run.group_size, "run": run.turn + 1, "made_by": run.made_by()}
     missing = variant.missing(plan.cache)
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
-    sample: Sample = about | {"status": missing or "ok"}
+    sample: Sample = run.about() | {"status": missing or "ok"}
     if missing is None:
         here = provenance(())
         sample |= {"time": here["time"], "source": source_state(ROOM), "load": machine()["load"]}
@@ -194,16 +198,17 @@ def _export(run: Run, windows: Path) -> Sample:
 
 
 def score_all(plan: Plan, chosen: list[Variant], say: Say) -> list[Sample]:
-    """All samples, each with its score; a checkpoint goes once it has one."""
+    """All samples, each with its score; a checkpoint goes once it has one.
+
+    What has not been exported, or by other code than is here now, is a sample that says so.
+    """
     judge = Judge(plan.model, plan.windows.held_out)
     known: dict[str, Sample] = {}  # by the checkpoint's hash: equal ones are scored once
     samples = []
     for run in plan.runs(chosen):
         sample = run.load()
         if sample is None:
-            raise ExportError(
-                f"{run.variant.name}, group {run.group_size} has not been exported by the code that is here"
-            )
+            sample = run.about() | {"status": "not run"}
         if sample["status"] == "ok" and "score" not in sample:
             _score(run, sample, judge, known)
             run.save(sample)
