@@ -53,15 +53,15 @@ def run_case(case: Case, bench: Bench) -> Iterator[Row]:
     failures: dict[str, Samples] = {}
     gate_errors: dict[str, dict[str, float]] = {}
     for variant in variants:
-        operation, found, status = _prepare(case, data, target, variant, bench)
+        operation, found, status = prepare(case, data, target, variant, bench)
         gate_errors[variant.name] = found
         if operation is None:
             failures[variant.name] = Samples(status=status)
         else:
             operations[variant.name] = operation
     for which in case.passes:
-        timed = {name: _timed(case, which, operation) for name, operation in operations.items()}
-        possible = {name: one for name, one in timed.items() if one is not None}
+        ready = {name: timed(case, which, operation) for name, operation in operations.items()}
+        possible = {name: one for name, one in ready.items() if one is not None}
         samples = failures | sample(bench.device, possible, bench.plan)
         shown = {name: samples[name] for name in _names(variants) if name in samples}
         yield from _rows(case, which, bench, shown, gate_errors)
@@ -71,7 +71,7 @@ def _names(variants: list[Variant]) -> list[str]:
     return [variant.name for variant in variants]
 
 
-def _prepare(
+def prepare(
     case: Case, data: Data, target: dict[str, Expected], variant: Variant, bench: Bench
 ) -> tuple[Operation | None, dict[str, float], str]:
     """(operation, errors by result, `ok`), or (None, errors, why it is not timed)."""
@@ -118,7 +118,7 @@ def _results(operation: Operation) -> dict[str, Tensor]:
     return found
 
 
-def _timed(case: Case, which: str, operation: Operation) -> Timed | None:
+def timed(case: Case, which: str, operation: Operation) -> Timed | None:
     """What a sample of the pass is; None if the variant has no such pass."""
     if which == "backward":
         return Timed(operation.forward, operation.backward)
