@@ -160,7 +160,7 @@ def _before_stages(
 
 
 def _sums_for(inputs: Tensor, reference: Tensor | None) -> GramSum:
-    return GramSum(inputs.shape[-1], cross=reference is not None, device=inputs.device)
+    return GramSum(inputs.shape[-1], drift=reference is not None, device=inputs.device)
 
 
 def _states(output: Any) -> Tensor:

@@ -110,7 +110,7 @@ def quantize_stage(
         name: linear(layer, name).weight.data for members in alike.values() for name in members
     }
     gram = sums.finish()
-    missing = missing_products(weights, sums.take_cross(), gram) if settings.correction else {}
+    missing = missing_products(weights, sums.take_drift()) if settings.correction else {}
     found = curvature(gram, order=settings.act_order, damp=settings.damp, name=names[first])
     notes = _notes(sums, found, settings)
     for name, lacking in missing.items():

@@ -1,9 +1,9 @@
 """The weight that does best on the quantised model's inputs (GPTAQ: Li et al. 2025, in closed form).
 
-min over V of sum over tokens |y W^T - x V^T|^2 = W + W (C - H) H'^-1
-    y, x: inputs of the layer in the original and in the quantised model; C = sum y^T x, H = sum x^T x
+min over V of sum over tokens |y W^T - x V^T|^2 = W + W D H'^-1
+    y, x: inputs of the layer in the original and in the quantised model; D = sum (y - x)^T x, H = sum x^T x
 
-In two steps, so that C is gone before H is factored: W (C - H), then what that asks of the weight.
+In two steps, so that D is gone before H is factored: W D, then what that asks of the weight.
 """
 
 from __future__ import annotations
@@ -18,29 +18,27 @@ from .curvature import Curvature
 AT_ONCE = 2**23  # weights corrected at once
 
 
-def missing_products(weights: Mapping[str, Tensor], cross: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """W (C - H), [N, K] float32, of each weight: what its outputs lack, summed against x.
+def missing_products(weights: Mapping[str, Tensor], drift: Tensor) -> dict[str, Tensor]:
+    """W D, [N, K] float32, of each weight: what its outputs lack, summed against x.
 
     Args:
         weights: W, [N, K] of any float dtype.
-        cross: C, [K, K]; its memory is used up.
-        gram: H, [K, K].
+        drift: D, [K, K].
     """
-    cross.sub_(gram)
     found = {}
     for name, weight in weights.items():
-        found[name] = torch.empty(weight.shape, device=cross.device)
+        found[name] = torch.empty(weight.shape, device=drift.device)
         for rows in _slices(weight):
-            torch.mm(weight[rows].to(torch.float32), cross, out=found[name][rows])
+            torch.mm(weight[rows].to(torch.float32), drift, out=found[name][rows])
     return found
 
 
 def corrected_weight(weight: Tensor, missing: Tensor, curvature: Curvature, strength: float = 1.0) -> Tensor:
-    """W + strength W (C - H) H'^-1, [N, K] float32.
+    """W + strength W D H'^-1, [N, K] float32.
 
     Args:
         weight: W, [N, K].
-        missing: W (C - H); its memory becomes the result's.
+        missing: W D; its memory becomes the result's.
         curvature: of x.
         strength: 0 leaves W; 1 is the minimum.
     """

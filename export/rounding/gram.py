@@ -10,21 +10,21 @@ SMALL = 512  # columns below which one product is faster
 
 
 class GramSum:
-    """H = sum over tokens of x^T x, and C = sum of y^T x with y the same tokens' inputs in another model.
+    """H = sum over tokens of x^T x, and D = sum of (y - x)^T x: y is the same tokens' in another model.
 
     Args:
         width: K.
-        cross: keep C as well.
+        drift: keep D as well.
 
     Attributes:
         gram: [K, K] float32; whole after `finish`.
-        cross: [K, K] float32 or None.
+        drift: [K, K] float32 or None.
         tokens: rows added so far.
     """
 
-    def __init__(self, width: int, *, cross: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, *, drift: bool = False, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(width, width, device=device)
-        self.cross = torch.zeros(width, width, device=device) if cross else None
+        self.drift = torch.zeros(width, width, device=device) if drift else None
         self.tokens = 0
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
@@ -32,7 +32,8 @@ class GramSum:
 
         Args:
             inputs: x, [.., K], any float dtype.
-            reference: y, of the same shape; needed where `cross` is kept.
+            reference: y, of the same shape; needed where D is kept. Inputs of 16 bits are multiplied in
+                bfloat16: D is small beside H, and is needed with few digits.
         """
         x = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)  # [T, K]
         width = x.shape[1]
@@ -40,22 +41,27 @@ class GramSum:
         for first in range(0, width, step):
             rows = slice(first, min(first + step, width))
             self.gram[rows, first:].addmm_(x[:, rows].t(), x[:, first:])  # the upper blocks only
-        if self.cross is not None:
+        if self.drift is not None:
             if reference is None:
-                raise ValueError("reference is missing: this sum keeps the cross term")
-            self.cross.addmm_(reference.detach().reshape(-1, width).to(torch.float32).t(), x)
+                raise ValueError("reference is missing: this sum keeps the drift")
+            exact = inputs.dtype == torch.float32
+            moved = reference.detach().reshape(-1, width).to(torch.float32) - x
+            moved, x = (moved, x) if exact else (moved.to(torch.bfloat16), x.to(torch.bfloat16))
+            for first in range(0, width, step):
+                rows = slice(first, min(first + step, width))
+                self.drift[rows] += moved[:, rows].t() @ x
         self.tokens += x.shape[0]
 
-    def take_cross(self) -> Tensor:
-        """C, which is not kept any longer.
+    def take_drift(self) -> Tensor:
+        """D, which is not kept any longer.
 
         Raises:
             ValueError: there is none.
         """
-        if self.cross is None:
-            raise ValueError("the cross term is missing: this sum was not told to keep it")
-        cross, self.cross = self.cross, None
-        return cross
+        if self.drift is None:
+            raise ValueError("the drift is missing: this sum was not told to keep it")
+        drift, self.drift = self.drift, None
+        return drift
 
     def finish(self) -> Tensor:
         """Fill in the lower blocks; returns `gram`."""

@@ -184,7 +184,7 @@ def test_corrected_weight_is_the_least_squares_solution() -> None:
     w, h = weight(6, 24), (x.t() @ x).float()
 
     def found(strength: float) -> torch.Tensor:
-        missing = missing_products({"w": w}, (y.t() @ x).float(), h)
+        missing = missing_products({"w": w}, ((y - x).t() @ x).float())
         return corrected_weight(w, missing["w"], curvature(h.clone(), damp=1e-6), strength)
 
     expected = torch.linalg.lstsq(x, y @ w.double().t()).solution.t()
@@ -196,15 +196,15 @@ def test_corrected_weight_is_the_least_squares_solution() -> None:
 
 def test_gram_sum_is_the_sum_over_chunks() -> None:
     x, y = inputs(96, 520), inputs(96, 520, seed=5)
-    sums = GramSum(520, cross=True)
+    sums = GramSum(520, drift=True)
     for first in (0, 32, 64):
         sums.add(x[first : first + 32].view(2, 16, 520), y[first : first + 32].view(2, 16, 520))
     expected = x.double().t() @ x.double()
     # float32 sums of 96 products of numbers up to about 30
     assert torch.allclose(sums.finish().double(), expected, rtol=1e-5, atol=0.02)
     assert torch.equal(sums.gram, sums.gram.t())
-    assert sums.cross is not None
-    assert torch.allclose(sums.cross.double(), y.double().t() @ x.double(), rtol=1e-5, atol=0.02)
+    moved = (y.double() - x.double()).t() @ x.double()
+    assert torch.allclose(sums.take_drift().double(), moved, rtol=1e-5, atol=0.02)
     assert sums.tokens == 96
 
 
