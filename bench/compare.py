@@ -152,23 +152,24 @@ class Floors:
     def __init__(self, results: Results, seed: int) -> None:
         self._seed = seed
         first = {row.key: row for row in results.rows if not row.variant.endswith(AGAIN)}
-        self._pairs = [
-            (first[row.key_of_first], row)
-            for row in results.rows
-            if row.variant.endswith(AGAIN) and row.key_of_first in first
-        ]
+        self._of_case: dict[Key, list[tuple[Row, Row]]] = {}
+        self._of_op: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+        for row in results.rows:
+            if row.variant.endswith(AGAIN) and row.key_of_first in first:
+                pair = (first[row.key_of_first], row)
+                self._of_case.setdefault(row.case, []).append(pair)
+                self._of_op.setdefault((row.op, row.phase), []).append(pair)
         self._found: dict[tuple[Key, str], float | None] = {}
 
     def of(self, row: Row, name: str) -> float | None:
         """What the file states; else of the A/A run of the row's case, or the largest of its op and pass."""
         if name == TIME and row.noise_floor is not None:
             return row.noise_floor
-        own = self._largest(row.case, [pair for pair in self._pairs if pair[1].case == row.case], name)
+        own = self._largest(row.case, self._of_case.get(row.case, ()), name)
         if own is not None:
             return own
         wide: Key = (row.op, "", row.phase, "", "")
-        alike = [pair for pair in self._pairs if (pair[1].op, pair[1].phase) == (row.op, row.phase)]
-        return self._largest(wide, alike, name)
+        return self._largest(wide, self._of_op.get((row.op, row.phase), ()), name)
 
     def _largest(self, key: Key, pairs: Sequence[tuple[Row, Row]], name: str) -> float | None:
         if (key, name) not in self._found:

@@ -163,7 +163,7 @@ class Row:
         """The key without the variant."""
         return (self.op, "", self.phase, self.dtype, self.shape_text)
 
-    @property
+    @cached_property
     def shape_text(self) -> str:
         """`M 512, K 896`; words go without their names."""
         parts = [str(value) if isinstance(value, str) else f"{name} {value}" for name, value in self.shape]
