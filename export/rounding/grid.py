@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..formats.scheme import Scheme
 
+AT_ONCE = 2**18  # weights whose candidates are tried at once: they stay in a core's cache
 SMALLEST = 2.0**-20  # of a scale, in float16; an all-zero group has some scale too
 # The range that a group's scale covers, relative to what its largest weight needs. Clipping down to a half
 # pays where the largest weight meets inputs that are small; above 1 the largest falls on a step.
@@ -89,14 +90,26 @@ def search_grid(
         high, low = high.clamp_(min=0), low.clamp_(max=0)
         base = (high - low) / scheme.top
         zeros = (-low / base.clamp(min=SMALLEST)).round_().clamp_(lowest_zero, scheme.top)
+    scales = torch.empty_like(base)
+    at_once = max(1, AT_ONCE // rows[0].numel())
+    for first in range(0, count, at_once):
+        part = slice(first, first + at_once)
+        scales[part] = _search(rows[part], cost[part], base[part], zeros[part], scheme.top, ranges)
+    return Grid(scales, zeros, groups, scheme.top)
+
+
+def _search(
+    rows: Tensor, cost: Tensor, base: Tensor, zeros: Tensor, top: int, ranges: Sequence[float]
+) -> Tensor:
+    """[G, N] of some groups: rows [G, L, N], cost [G, L, 1]."""
     best = torch.full_like(base, float("inf"))
     scales = storable(base)
     for covered in ranges:
         candidate = storable(base * covered)
-        what = nearest(rows, candidate[:, None], zeros[:, None], scheme.top)
+        what = nearest(rows, candidate[:, None], zeros[:, None], top)
         what.sub_(zeros[:, None]).mul_(candidate[:, None])
         error = what.sub_(rows).square_().mul_(cost).sum(1)  # [G, N]
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better, candidate, scales)
-    return Grid(scales, zeros, groups, scheme.top)
+    return scales
