@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtrain.errors import UserError
 from qtrain.export.checkpoint import Checkpoint
+from qtrain.export.errors import ExportError
 from qtrain.export.lora import Adapter
 from qtrain.export.merged_weights import MergedWeights
 from qtrain.export.nf4_base import NF4Settings
@@ -89,11 +90,10 @@ def find_candidates(source: Source, folders: Sequence[Path]) -> list[Candidate]:
         if place.is_dir() and place.resolve() in listed:
             continue
         listed.add(place.resolve())
-        if (place / "config.json").is_file():
+        if place in places:
+            found.append(_own_export(place, source))
+        elif (place / "config.json").is_file():
             found.append(_on_disk(place))
-        elif place in places:
-            command = f"qtrain export {place.name} {source.name}"
-            found.append(Candidate(NAMES[place.name], "quantized", missing=f"not exported: {command}"))
         else:
             what = "holds no config.json" if place.is_dir() else "is no folder"
             raise UserError(f"{place} {what}; give the folder of an exported model")
@@ -128,6 +128,17 @@ def _nf4(source: Source) -> Candidate:
     nf4 = source.nf4() or NF4Settings(compute_dtype=source.compute_dtype())
     name = "NF4" if source.adapter is None else "NF4 + adapter"
     return Candidate(name, "nf4", source.base, None, size, adapter=source.adapter, nf4=nf4)
+
+
+def _own_export(place: Path, source: Source) -> Candidate:
+    """A damaged one is a row like one that is not there: the others can be compared all the same."""
+    name, command = NAMES[place.name], f"qtrain export {place.name} {source.name}"
+    if not (place / "config.json").is_file():
+        return Candidate(name, "quantized", missing=f"not exported: {command}")
+    try:
+        return _on_disk(place)
+    except ExportError as error:
+        return Candidate(name, "quantized", missing=f"failed: {error}")
 
 
 def _on_disk(folder: Path) -> Candidate:

@@ -1,0 +1,308 @@
+"""`qtrain bench checkpoints` on a tiny run: what its rows say, and what gets no speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtrain.bench.checkpoint_rows import quality_row, serve_rows
+from qtrain.bench.checkpoint_table import QUALITY, SERVE, quality_cells, serve_cells
+from qtrain.bench.launch import WorkerFailed
+from qtrain.bench.result_files import read_results
+from qtrain.checkpoint_bench import run as bench
+from qtrain.checkpoint_bench.candidates import find_candidates
+from qtrain.checkpoint_bench.engines import Engine
+from qtrain.checkpoint_bench.vllm_load import descendants_pss, load
+from qtrain.checkpoint_bench.workload import Workload
+from qtrain.cli import main
+from qtrain.errors import UserError
+from qtrain.export.verify import measure
+from qtrain.export_command.merge import merged_weights
+from qtrain.export_command.rows import held_out_windows
+from qtrain.export_command.source import find_source
+from qtrain.export_command.vllm_server import Server
+from tests.export.folders import save_model
+from tests.qtrain.export_command.exports import SMALL, make_world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4-bit run with its merged and GPTQ exports, none in AWQ."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    for words in (("merge",), ("gptq", *SMALL, "--gate", "off")):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", words[0], str(folder / "run"), *words[1:]])
+        assert ended.value.code in (0, None)
+    return folder
+
+
+def command(*words: object) -> int:
+    """Exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "checkpoints", *map(str, words)])
+    return ended.value.code if isinstance(ended.value.code, int) else 0
+
+
+SHORT = ("--quick", "--samples", "1", "--new-tokens", "2", "--limit", "2", "--threads", "1", "--gate", "off")
+
+
+@pytest.mark.slow
+def test_a_run_side_by_side(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, run = tmp_path / "found.json", world / "run"
+    code = command(run, *SHORT, "--max-new-tokens", 4, "--cache", tmp_path, "--out", out)
+    assert code == 0, capsys.readouterr().err
+    results = read_results(out)
+    quality = {row.variant: row for row in results.rows if row.op == "quality"}
+    assert list(quality) == ["fp32 merged", "NF4 + adapter", "GPTQ 4-bit, group 32", "AWQ"]
+    assert f"{quality['AWQ'].status}: {quality['AWQ'].reason}" == f"not exported: qtrain export awq {run}"
+    assert quality["fp32 merged"].figures["KL"].p50 == 0
+    # the same bytes, read by the gate of the export
+    source, gptq = find_source(str(run)), quality["GPTQ 4-bit, group 32"]
+    windows = held_out_windows(source, [], 2, 128).ids
+    expected = measure(
+        merged_weights(source, "original", "stored"), run / "export" / "gptq", windows, ends=None, bounds=None
+    ).agreement
+    assert math.isclose(gptq.figures["KL"].p50, expected.kl, rel_tol=1e-6)  # one sum, or one a window
+    assert math.isclose(gptq.figures["perplexity"].p50, expected.perplexity_q, rel_tol=1e-6)
+    assert expected.kl > 0
+    # 4 bits, a 16-bit scale and a 4-bit zero point for 32 of them, and 32 bits of g_idx for each column
+    assert 4 + 20 / 32 < gptq.figures["bits per weight"].p50 < 4 + 20 / 32 + 1
+    serve = [row for row in results.rows if row.op == "serve"]
+    transformers = [row for row in serve if "vLLM" not in row.shape_text]
+    assert [row.status for row in transformers] == ["ok"] * 8
+    assert {row.variant for row in transformers} == {*quality, "fp32 merged (again)"} - {"AWQ"}
+    assert "transformers (dequantised by qtrain), batch 4" in {row.shape_text for row in transformers}
+    for row in transformers:
+        assert row.figures["memory"].p50 >= row.figures["memory loaded"].p50 > 1e8  # torch alone takes that
+        assert row.figures["decode"].p50 > 0
+    assert {row.reason for row in serve if row not in transformers} == {
+        "python -m qtrain.bench.peers install vllm",
+        "a base in NF4 with an adapter beside it is no one folder; its exports are",
+    }
+    again = [row for row in transformers if row.variant == "fp32 merged (again)"]
+    assert all(row.noise_floor is not None for row in again)
+
+
+def result(nll: list[float], answers: list[list[int]] | None = None, step: float = 0.5) -> dict[str, Any]:
+    """What an engine gives: two requests of three tokens, one second to the first."""
+    return {
+        "nll": nll,
+        "answers": answers or [],
+        "speed": [{"batch": 2, "prefill_s": [1.0], "steps_s": [[step, step]]}],
+        "loaded_bytes": 100,
+        "peak_bytes": 200,
+        "versions": {},
+        "facts": {},
+    }
+
+
+WORK = Workload([[1, 2, 3]], [], [], 0, (2,), 8, 2, 1, 1, "cpu", 60, 0)
+
+
+def served(name: str, outcome: dict[str, Any] | Exception) -> dict[str, Any]:
+    """The sample of one process."""
+
+    def run(_: Workload) -> dict[str, Any]:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    found = bench._one(Engine("engine", None, run), WORK, [2.0], None)
+    return {"checkpoint": name, "engine": "engine", "again": False, "status": "ok"} | found
+
+
+def test_speeds_are_of_the_times() -> None:
+    """8 tokens each in a second, then two steps of half a second: by hand."""
+    (row,) = serve_rows([served("a", result([2.0]))], [2], seed=0)
+    figures = {name: its.get("runs", its) for name, its in row["figures"].items()}
+    assert figures == {
+        "memory loaded": [[100]],
+        "memory": [[200]],
+        "prefill": [[16.0]],
+        "decode": [[4.0]],
+        "TTFT": [[1.0, 1.0]],
+        "TPOT": [[0.5, 0.5]],
+        "throughput": [[3.0]],
+    }
+    assert len(serve_cells(row)) == len(SERVE)
+
+
+def test_streams_are_timed_by_their_tokens() -> None:
+    """Sent at 0 and 0.5, first tokens at 1 and 2, last ones at 3 and 4."""
+    sample = served("a", result([2.0]))
+    sample["result"]["speed"] = [
+        {"batch": 2, "prompt_tokens": 8, "streams": [[[0.0, 1.0, 3.0], [0.5, 2.0, 4.0]]]}
+    ]
+    (row,) = serve_rows([sample], [2], seed=0)
+    assert row["figures"]["prefill"]["runs"] == [[16 / 2]]
+    assert row["figures"]["decode"]["runs"] == [[2 / 3]]
+    assert row["figures"]["TTFT"]["runs"] == [[1.0, 1.5]]
+    assert row["figures"]["TPOT"]["runs"] == [[2.0, 2.0]]
+    assert row["figures"]["throughput"]["runs"] == [[4 / 4]]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        (result([2.2]), "wrong: the engine's loss on window 1 is 2.200, the files' is 2.000"),
+        (result([math.nan]), "wrong: the engine's loss on window 1 is nan"),
+        (WorkerFailed("killed by SIGKILL (out of memory?)"), "failed: killed by SIGKILL"),
+    ],
+)
+def test_an_engine_that_serves_something_else_gets_no_speed(
+    outcome: dict[str, Any] | Exception, status: str
+) -> None:
+    samples = [served("a", outcome), served("a", result([2.0]))]  # a good process does not make up for it
+    (row,) = serve_rows(samples, [2], seed=0)
+    assert row["status"].startswith(status)
+    assert row["figures"] == {}
+    assert len(serve_cells(row)) == len(SERVE)
+
+
+def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
+    task = bench.find_task(find_source(str(world / "run")), [], 2, 4)
+    assert task is not None
+    assert len(task.prompts) == 2
+    end = task.stop_ids[:1]
+    engine = Engine("engine", None, lambda _: result([2.0], [end, []]))
+    assert bench._one(engine, WORK, [2.0], task)["status"] == "wrong: it answers nothing to any prompt"
+    words = task.tokenizer("total 20, growth 400")["input_ids"]
+    found = task.score([[*words, *end], words])
+    assert [row["passed"] for row in found["rows"]] == [True, False]
+    assert found["rows"][1]["reason"] == f"did not stop within {len(words)} tokens"
+    assert found["score"] == 0.5
+
+
+def test_below_the_gate_nothing_is_started(
+    world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """KL is some 1e-3 here; the reference is still served."""
+    started = []
+
+    def engines(candidate: Any, *_: Any) -> list[Engine]:
+        def run(_: Workload) -> dict[str, Any]:
+            started.append(candidate.name)
+            raise WorkerFailed("not today")
+
+        return [Engine("engine", None, run)]
+
+    monkeypatch.setattr(bench, "engines_of", engines)
+    options = bench.Options(gate="kl=0.0000001", limit=0, rounds=1, rows=2, tokens=32)
+    report = bench.bench_checkpoints(str(world / "run"), options, lambda _: None)
+    assert set(started) == {"fp32 merged"}
+    rows = {row["variant"]: row for row in report["rows"] if row["op"] == "serve"}
+    assert rows["GPTQ 4-bit, group 32"]["status"].startswith("not run: KL ")
+    assert rows["fp32 merged"]["status"] == "failed: not today"
+    assert not any(row["figures"] for row in rows.values())
+    quality = [row for row in report["rows"] if row["op"] == "quality"]
+    assert quality[2]["status"].startswith("wrong: KL ")
+    assert all(len(quality_cells(row)) == len(QUALITY) for row in quality)
+    out = tmp_path / "found.json"
+    out.write_text(json.dumps(report))
+    assert len(read_results(out).rows) == len(report["rows"])
+
+
+def test_candidates(world: Path, tmp_path: Path) -> None:
+    source = find_source(str(world / "run"))
+    own, other = (
+        world / "run" / "export" / "gptq",
+        shutil.copytree(world / "run" / "export" / "gptq", tmp_path / "again"),
+    )
+    names = [its.name for its in find_candidates(source, [own, other, other])]
+    assert names[2:] == ["GPTQ 4-bit, group 32", "AWQ", "GPTQ 4-bit, group 32 (again)"]
+    with pytest.raises(UserError, match="nothing-here is no folder; give the folder of an exported model"):
+        find_candidates(source, [tmp_path / "nothing-here"])
+    save_model(tmp_path / "third", vocab_size=400)
+    with pytest.raises(UserError, match=r"is another model than .*: vocab_size is 400"):
+        find_candidates(source, [tmp_path / "third"])
+
+
+def test_a_damaged_export_is_a_row(world: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    weights = run / "export" / "gptq" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    damaged = find_candidates(find_source(str(run)), [])[2]
+    assert damaged.name == "GPTQ"
+    assert str(damaged.missing).startswith("failed: ")
+    assert quality_row(damaged.name, str(damaged.missing), None)["figures"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--engine", "ollama"], "--engine ollama: there is transformers, vllm"),
+        (["--device", "tpu"], "--device tpu: there is auto, cpu, cuda"),
+        (["--out", "no/such/f.json"], "--out no/such/f.json: there is no folder no/such"),
+        (["--gate", "kl=x"], "kl is 'x', must be a number of 0 or more"),
+    ],
+)
+def test_refusals(words: list[str], line: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(world / "run", *words) == 2
+    assert line in capsys.readouterr().err
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Streams as vLLM does: the role of each event is told by its token ids."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for number in range(asked["max_tokens"]):
+            event = {"choices": [{"text": "x", "token_ids": [number]}]}
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def fake_server() -> Iterator[Server]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Server(f"http://127.0.0.1:{server.server_port}", 10)
+        server.shutdown()
+
+
+def test_requests_are_streamed_at_once(fake_server: Server) -> None:
+    found = load(fake_server, WORK, 2)
+    ((first, second),) = found["streams"]  # the first time warms up
+    for times in (first, second):
+        assert len(times) == 1 + WORK.new_tokens + 1
+        assert times == sorted(times)
+    assert first[0] < second[-1]
+    assert second[0] < first[-1]  # both were under way together
+
+
+def test_the_requests_are_the_same_for_every_engine_and_never_twice() -> None:
+    work = Workload([list(range(100))], [], [], 0, (1, 4), 8, 2, 3, 1, "cpu", 60, 0)
+    drawn = [tuple(ids) for size in work.batches for one in work.requests(size) for ids in one]
+    assert len(set(drawn)) == len(drawn) == 4 * 1 + 4 * 4
+    assert work.as_job()["requests"] == [work.requests(1), work.requests(4)]
+
+
+def test_memory_counts_processes_that_were_started() -> None:
+    before = descendants_pss()
+    code = "import sys; a = bytearray(50 << 20); print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        added = descendants_pss() - before
+        child.communicate()
+    assert 50 << 20 < added < 80 << 20  # the array, and an interpreter
