@@ -9,25 +9,27 @@ from markupsafe import Markup
 
 from .source import Source
 
+SHOWN, FOLDED = 4, 40  # cases by tokens: open, and in all
+
 
 def render(source: Source) -> str:
     """HTML of everything that the files hold."""
     from jinja2 import Environment, StrictUndefined
 
-    from . import curves, headline, memory, quality, raw, roofline, timings
+    from . import by_tokens, curves, headline, quality, raw, roofline, timings
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    growths = memory.growths(source)
+    growths = by_tokens.memory(source)
     return environment.from_string(_text("page.html.j2")).render(
         style=Markup(_text("style.css.j2")),
         script=Markup(_text("sort.js.j2")),
         notes=list(_notes(source)),
         headlines=headline.lines(source),
         groups=list(timings.groups(source)),
-        growths=growths[: memory.SHOWN],
-        more_growths=growths[memory.SHOWN :],
+        growths=growths[:SHOWN],
+        more_growths=growths[SHOWN:FOLDED],
         rooflines=roofline.rooflines(source),
         quality=quality.quality(source),
         methods=list(curves.methods(source)),

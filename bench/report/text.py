@@ -13,7 +13,7 @@ _SCALES: dict[str, tuple[tuple[float, float, str], ...]] = {
     "s": ((1.0, 1.0, "s"), (1e-3, 1e-3, "ms"), (0.0, 1e-6, "µs")),
     "bytes": (
         (float(1 << 30) * 10, float(1 << 30), "GiB"),
-        (float(1 << 19), float(1 << 20), "MiB"),
+        (float(1 << 20), float(1 << 20), "MiB"),
         (0.0, 1024.0, "KiB"),
     ),
     "share": ((0.0, 0.01, "%"),),

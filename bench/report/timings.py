@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from ..results import MEMORY, Figure, Results, Row
 from ..statistics import Ratio
 from .axes import Axis, from_zero
+from .by_tokens import TIME_TAKEN, Growth, growths
 from .plots import axis_cell, interval_cell
 from .source import Source, grouped, is_ours, main_of, peers_of, ratio, times
 from .text import listed, median_of, quantity, scale
@@ -43,18 +44,24 @@ class Panel:
     lines: list[Line]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Group:
     """The cases of one op."""
 
     title: str
     clock: str
     says: list[str]
-    shown: list[Panel] = field(default_factory=list)
-    folded: list[Panel] = field(default_factory=list)
+    lines: list[Growth]
+    """By tokens, where there are many counts; whole ops first."""
+    shown: list[Panel]
+    folded: list[Panel]
+    left: int
+    """Cases that only the table of all rows has."""
 
 
-SHOWN = 6  # panels of an op that are open
+SHOWN, FOLDED = 6, 40  # panels of an op that are open, and that can be opened
+COUNTS = 4  # of tokens, from which on a line says more than a table for each
+LINES = 12
 
 
 def groups(source: Source) -> Iterator[Group]:
@@ -65,14 +72,17 @@ def groups(source: Source) -> Iterator[Group]:
             cases = [case for case in grouped(rows, lambda row: row.case) if any(map(times, case))]
             if not cases:
                 continue
-            panels = [_panel(case) for case in cases]
             first = _first_shown(cases)
+            others = [case for i, case in enumerate(cases) if i not in first]
+            whole = [row for row in rows if row.phase == cases[first[0]][0].phase]
             yield Group(
                 (f"Training step: {rows[0].op.upper()}" if one.kind == "train" else rows[0].op) + file,
                 _clock(one, rows),
                 _says(cases),
-                [panels[i] for i in first],
-                [panel for i, panel in enumerate(panels) if i not in first],
+                growths(whole, TIME_TAKEN, COUNTS)[:LINES],
+                [_panel(cases[i]) for i in first],
+                [_panel(case) for case in others[:FOLDED]],
+                len(others[FOLDED:]),
             )
 
 
