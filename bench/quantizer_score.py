@@ -6,7 +6,6 @@ and folders be compared window by window.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.export.agreement import agreement
 from qtrain.export.checkpoint import EMBEDDING, Checkpoint
 from qtrain.export.streamed_model import StreamedModel
 
 from .quantizer_read import QuantizedFolder
 
-ROWS = 128  # positions whose logits are there at once, in float64
+ROWS = 128  # positions whose logits are there at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +67,32 @@ class Judge:
         other = StreamedModel(self._folder, folder.fetch)
         states = other.hidden_states(self._windows)
         score = Score([], [], [], [], [])
-        for number, window in enumerate(self._windows):
-            found = agreement(
-                [window],
-                (self._states[number : number + 1], self._model.logits),
-                (states[number : number + 1], other.logits),
-                rows=ROWS,
-            )
-            score.kl.append(found.kl)
-            score.kl_max.append(found.kl_max)
-            score.top1.append(found.top1)
-            score.log_perplexity_p.append(math.log(found.perplexity_p))
-            score.log_perplexity_q.append(math.log(found.perplexity_q))
+        for window, states_p, states_q in zip(self._windows, self._states, states, strict=True):
+            ids = torch.tensor([*window, 0])
+            parts = [
+                _positions(
+                    self._model.logits(states_p[first : first + ROWS]),
+                    other.logits(states_q[first : first + ROWS]),
+                    ids[first + 1 : first + ROWS + 1],
+                )
+                for first in range(0, len(window), ROWS)
+            ]
+            kl, same, log_p, log_q = torch.cat(parts, dim=1)  # [T] each; the last position has no next token
+            score.kl.append(float(kl.mean()))
+            score.kl_max.append(float(kl.max()))
+            score.top1.append(float(same.mean()))
+            score.log_perplexity_p.append(-float(log_p[:-1].mean()))
+            score.log_perplexity_q.append(-float(log_q[:-1].mean()))
         return score
+
+
+def _positions(logits_p: Tensor, logits_q: Tensor, following: Tensor) -> Tensor:
+    """[4, M] float64: KL, whether the likeliest token is the same, log-probs of the next token by both.
+
+    The logarithms are float32: a KL of 0.1 over 50k tokens is off by 1e-6 or so, windows differ by 1e-2.
+    """
+    log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)  # [M, V]
+    same = log_p.argmax(-1) == log_q.argmax(-1)
+    targets = [values.gather(1, following[:, None])[:, 0] for values in (log_p, log_q)]
+    kl = (log_p.exp() * log_q.neg_().add_(log_p)).sum(-1)
+    return torch.stack([kl.double(), same.double(), *(values.double() for values in targets)])
