@@ -58,6 +58,7 @@ def export_merge(name: str, options: MergeOptions, console: Console) -> Path | N
     """
     source = find_source(name, options.adapter)
     out = options.out or source.out("merged")
+    source.check_apart(out)
     check_free(out, force=options.force)
     shard = parse_size(options.max_shard_size)
     weights = merged_weights(source, options.base, options.dtype)

@@ -80,6 +80,7 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
     settings = check_options(options)
     source = find_source(name, options.adapter)
     out = options.out or source.out(options.algorithm)
+    source.check_apart(out)
     check_free(out, force=options.force)
     parse_size(options.max_shard_size)
     weights = merged_weights(source, options.base, "stored")

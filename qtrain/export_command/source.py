@@ -68,6 +68,17 @@ class Source:
             raise UserError(f"{self.name} is no run: name the folder to write with --out")
         return self.run.path / "export" / kind
 
+    def check_apart(self, out: Path) -> None:
+        """Refuse a folder to write that is, or holds, what is read: --force would replace it.
+
+        Raises:
+            UserError: names both.
+        """
+        place = out.resolve()
+        for read in (self.base, self.adapter, None if self.run is None else self.run.path):
+            if read is not None and (place == read.resolve() or place in read.resolve().parents):
+                raise UserError(f"--out {out} would replace {read}, which is read; name another folder")
+
     @property
     def template(self) -> Path | None:
         """The chat template that the run rendered with, where it is not the tokenizer's own."""
