@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+# of `make bench`: the demo's run where there is one, else its base model; the exports that it makes; its results
+SUBJECT = $(if $(wildcard $(RUNS)/demo-sft/adapter),$(RUNS)/demo-sft,demo)
+EXPORTS := .cache/bench/quick
+QUICK := docs/benchmarks/quick
+SHORT := --group-size 64 --calib 4 --calib-length 128 --calib-data demo --refine 0 --gate off --rows 0 --force
 
-.PHONY: demo test interop lint bench-quant bench-train clean help
+.PHONY: demo test interop lint bench bench-quant bench-train clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +42,23 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
+
+# Peers that are not installed (python -m qtrain.bench.peers install) are rows that say so. The page and the plot of the
+# long runs, whose results are committed, are drawn anew from them.
+bench: $(VENV)/.installed  ## a small version of every benchmark on the CPU (under 15 minutes), in docs/benchmarks/quick
+	mkdir -p $(QUICK) $(EXPORTS)
+	$(BIN)/qtrain bench kernels --quick --rows 128 --budget 0.3 --out $(QUICK)/kernels.json
+	$(BIN)/qtrain bench train --quick --out $(QUICK)/train.json
+	$(BIN)/qtrain bench quantizers --variant "qtrain gptq" --variant "nearest, symmetric" --group-size 64 --rounds 1 \
+		--calib 4 --held-out 4 --length 128 --out $(QUICK)/quantizers.json
+	$(BIN)/qtrain export gptq $(SUBJECT) $(SHORT) --out $(EXPORTS)/gptq
+	$(BIN)/qtrain export awq $(SUBJECT) $(SHORT) --out $(EXPORTS)/awq
+	$(if $(filter demo,$(SUBJECT)),,test -d $(SUBJECT)/export/merged || $(BIN)/qtrain export merge $(SUBJECT) --rows 0)
+	$(BIN)/qtrain bench checkpoints $(SUBJECT) $(EXPORTS)/gptq $(EXPORTS)/awq --data demo --gate off \
+		--quick --engine transformers --out $(QUICK)/checkpoints.json
+	$(BIN)/qtrain bench report $(QUICK) $(if $(filter demo,$(SUBJECT)),,--runs $(SUBJECT)) --out $(QUICK)/report.html \
+		--png $(QUICK)/steps.png
+	$(BIN)/qtrain bench report docs/benchmarks --out docs/benchmarks/report.html --png docs/benchmarks/steps.png
 
 bench-quant: $(VENV)/.installed  ## 4-bit exports against GPTQModel, llm-compressor and auto-round
 	$(BIN)/qtrain bench quantizers

@@ -98,7 +98,8 @@ def find_candidates(source: Source, folders: Sequence[Path]) -> list[Candidate]:
             what = "holds no config.json" if place.is_dir() else "is no folder"
             raise UserError(f"{place} {what}; give the folder of an exported model")
     _check_vocabulary(source, found)
-    return _apart(found)
+    there = [candidate.name for candidate in found if candidate.missing is None]
+    return _apart([its for its in found if its.missing is None or not _stands_for(its, there)])
 
 
 def reference_model(source: Source, candidate: Candidate) -> StreamedModel:
@@ -128,6 +129,11 @@ def _nf4(source: Source) -> Candidate:
     nf4 = source.nf4() or NF4Settings(compute_dtype=source.compute_dtype())
     name = "NF4" if source.adapter is None else "NF4 + adapter"
     return Candidate(name, "nf4", source.base, None, size, adapter=source.adapter, nf4=nf4)
+
+
+def _stands_for(absent: Candidate, names: Sequence[str]) -> bool:
+    """Whether an export of the run that is not there is one of the folders that were given."""
+    return absent.kind == "quantized" and any(name.startswith(absent.name) for name in names)
 
 
 def _own_export(place: Path, source: Source) -> Candidate:

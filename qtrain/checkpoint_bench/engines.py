@@ -38,13 +38,15 @@ class Engine:
     run: Callable[[Workload], Result]
 
 
-def engines_of(candidate: Candidate, wanted: tuple[Name, ...], cache: Path = CACHE) -> list[Engine]:
+def engines_of(
+    candidate: Candidate, wanted: tuple[Name, ...], device: str, cache: Path = CACHE
+) -> list[Engine]:
     """The engines for a candidate, in their order."""
     found = []
     if "transformers" in wanted:
         found.append(_transformers(candidate, cache))
     if "vllm" in wanted:
-        found.append(_vllm(candidate, cache))
+        found.append(_vllm(candidate, device, cache))
     return found
 
 
@@ -85,11 +87,13 @@ def _transformers(candidate: Candidate, cache: Path) -> Engine:
     return Engine(name, None, run)
 
 
-def _vllm(candidate: Candidate, cache: Path) -> Engine:
+def _vllm(candidate: Candidate, device: str, cache: Path) -> Engine:
     from .vllm_load import serve
 
     missing = Peer("vllm", cache).missing()
-    if candidate.kind == "nf4":
+    if device == "cuda":
+        missing = "not run: the vLLM that is pinned here is for CPUs; --device cpu compares on the CPU"
+    elif candidate.kind == "nf4":
         missing = "not served: a base in NF4 with an adapter beside it is no one folder; its exports are"
 
     def run(work: Workload) -> Result:

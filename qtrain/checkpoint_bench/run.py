@@ -59,9 +59,15 @@ class Options:
     seed: int = 0
     cache: Path = CACHE
 
+    @property
+    def place(self) -> str:
+        """The device that engines run on."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     def work(self, windows: Windows, task: Task | None) -> Workload:
         """For the engines."""
-        cuda = torch.cuda.is_available()
         return Workload(
             windows=windows.ids,
             prompts=[] if task is None else task.prompts,
@@ -72,7 +78,7 @@ class Options:
             new_tokens=self.new_tokens,
             samples=self.samples,
             threads=self.threads,
-            device=("cuda" if cuda else "cpu") if self.device == "auto" else self.device,
+            device=self.place,
             timeout_s=self.timeout_s,
             seed=self.seed,
         )
@@ -186,7 +192,7 @@ def _turns(
         (candidate, engine)
         for candidate in candidates
         if candidate.missing is None
-        for engine in engines_of(candidate, options.engines, options.cache)
+        for engine in engines_of(candidate, options.engines, options.place, options.cache)
     ]
     runs = [pair for pair in pairs if pair[1].missing is None and statuses[pair[0].name] == OK]
     draw = random.Random(options.seed)

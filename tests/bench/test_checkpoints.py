@@ -222,6 +222,10 @@ def test_candidates(world: Path, tmp_path: Path) -> None:
     )
     names = [its.name for its in find_candidates(source, [own, other, other])]
     assert names[2:] == ["GPTQ 4-bit, group 32", "AWQ", "GPTQ 4-bit, group 32 (again)"]
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    shutil.rmtree(run / "export" / "gptq")
+    names = [its.name for its in find_candidates(find_source(str(run)), [other])]
+    assert names == ["fp32 merged", "NF4 + adapter", "AWQ", "GPTQ 4-bit, group 32"]  # not GPTQ twice
     with pytest.raises(UserError, match="nothing-here is no folder; give the folder of an exported model"):
         find_candidates(source, [tmp_path / "nothing-here"])
     save_model(tmp_path / "third", vocab_size=400)
