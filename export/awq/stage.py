@@ -87,7 +87,7 @@ def fold_scales(
         raise ValueError(f"{stage.linears[0]}: nothing before it takes the inverse of its scales")
     before = earlier[link.before]
     rows = foldable_rows(before.linear, wanted)
-    changed = {}
+    changed: dict[str, Tensor] = {}
     if linear(layer, link.before).bias is not None:
         bias = f"{link.before}.bias"
         changed[bias], rows = fold_vector(stored(bias).to(device), rows)
