@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from qtrain.data.dataset import Method, TokenDataset, build_dataset, resolve_name
+from qtrain.data.dataset import TokenDataset, build_dataset, resolve_name
 from qtrain.data.load import RowReader
 from qtrain.errors import UserError
 from qtrain.export.calibration import Calibration, check_windows, pack_windows
@@ -62,23 +62,35 @@ def calibration_and_held_out(
         UserError, ExportError: no rows, bad rows, windows that the model can't take.
     """
     rows = calibration_rows(source, settings)
+    held_out = _held_out(source, settings)
     kept_back: list[int] = []
-    if not settings.data and not source.data.eval and settings.rows:
+    if held_out is None:
         count = min(settings.rows, len(rows) // KEPT_BACK)
         kept_back = sorted(random.Random(f"{settings.seed} kept back").sample(range(len(rows)), count))
     used = _Without(rows, kept_back)
     found = pack_windows(used, settings.length, settings.calib, seed=settings.seed, source=rows.name)
     check_windows(found, config)
-    if kept_back:
+    if held_out is None and kept_back:
         kept = [rows.row(index) for index in kept_back]
-        return found, windows_of(kept, settings.tokens, rows.files, held_out=True)
-    held_out = text_windows(source, settings) or held_out_windows(
-        source, settings.data, settings.rows, settings.tokens
-    )
-    if not held_out.ids and settings.rows and not settings.data:
+        held_out = windows_of(kept, settings.tokens, rows.files, held_out=True)
+    if held_out is None:
         ids = [window[: settings.tokens] for window in found.windows[: settings.rows].tolist()]
         held_out = Windows(ids, rows.files, held_out=False)
     return found, held_out
+
+
+def _held_out(source: Source, settings: RowsSettings) -> Windows | None:
+    """Rows of `data`, or the run's held-out ones; None where there are none and some are to be kept back."""
+    if not settings.rows:
+        return held_out_windows(source, settings.data, 0, settings.tokens)
+    if not settings.data and not source.data.eval:
+        return None
+    found = text_windows(source, settings)
+    found = found or held_out_windows(source, settings.data, settings.rows, settings.tokens)
+    if found.ids:
+        return found
+    source.notes.append(f"no held-out rows ({found.missing}): some calibration rows are kept back instead")
+    return None
 
 
 def text_windows(source: Source, settings: RowsSettings) -> Windows | None:
@@ -198,12 +210,18 @@ def _dataset(source: Source, name: str, tokenizer: Any, *, own: bool) -> TokenDa
     settings = source.data
     if source.template is not None:
         settings = settings.model_copy(update={"chat_template": str(source.template)})
-    method: Method = source.method
-    if not own:
-        preference = RowReader(resolve_name(name, method), format=settings.format).format.name == "preference"
-        method = "dpo" if preference else "sft"
-        settings = settings.model_copy(update={"max_length": UNCUT})  # a long row goes on in the next window
-    return build_dataset(settings, tokenizer, method=method, files=[name])
+    if own:
+        try:
+            return build_dataset(settings, tokenizer, method=source.method, files=[name])
+        except UserError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the training rows of {source.name} can't be read ({reason}); give others: --calib-data FILE"
+            ) from error
+    read = resolve_name(name, source.method)
+    preference = RowReader(read, format=settings.format).format.name == "preference"
+    settings = settings.model_copy(update={"max_length": UNCUT})  # a long row goes on in the next window
+    return build_dataset(settings, tokenizer, method="dpo" if preference else "sft", files=[name])
 
 
 def _is_text(name: str) -> bool:

@@ -87,6 +87,21 @@ def test_an_adapter_for_another_base(world: Path, tmp_path: Path, capsys: pytest
     assert "is for another base: model.layers.0.self_attn.q_proj is 64 x 64 there and 32 x 32 in" in line
 
 
+def test_rows_of_a_run_that_are_gone(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("held-out.jsonl", "gone.jsonl"))
+    code, text, errors = export(capsys, "gptq", run, *SMALL)
+    assert code == 0, errors
+    assert "gone.jsonl: there is no such file" in text
+    assert "some calibration rows are kept back instead" in text
+    assert manifest_of(run / "export" / "gptq")["gate"]["rows"] == 2  # a tenth of twenty
+    (run / "recipe.yaml").write_text(recipe.replace("train.jsonl", "gone.jsonl"))
+    line = refused(capsys, "gptq", run, *SMALL, "--force")
+    assert "gone.jsonl: there is no such file" in line
+    assert "give others: --calib-data FILE" in line
+
+
 def test_a_full_disk(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (world / "base", *SMALL, "--calib-data", world / "text.txt", "--gate", "off")
     with small_disk(tmp_path / "disk") as disk:
