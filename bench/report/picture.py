@@ -42,6 +42,13 @@ def draw(source: Source) -> bytes:
         ordered = sorted(task, key=lambda row: -(t.p50 if (t := times(row)) is not None else 0.0))
         _panel(left, ordered, "time", f"{task[0].op.upper()}: CPU seconds for one batch")
         _panel(right, ordered, MEMORY, f"{task[0].op.upper()}: MiB added at the peak")
+    setting = source.of("train")[0].setting
+    machine = ", ".join(setting[name] for name in ("CPU", "GPU") if setting.get(name, "none") != "none")
+    figure.supxlabel(
+        f"Dots are medians, bars reach from the 5th to the 95th percentile. {DTYPE}, {machine}, "
+        f"{setting.get('threads', 'unknown')} threads.",
+        fontsize=7, color=SOFT, x=0.01, ha="left",
+    )  # fmt: skip
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": "qtrain bench report"})
     return out.getvalue()

@@ -15,7 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from qtrain.bench.report.axes import Axis, logarithmic, spread
+from qtrain.bench.report.source import times
 from qtrain.bench.report.text import digits, quantity
+from qtrain.bench.result_files import read_results
 from qtrain.cli import app
 from tests.bench import result_samples as samples
 
@@ -222,6 +224,18 @@ def test_a_run_may_stand_among_the_files(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "run: loss 3.00 at first, 1.00 over the last tenth of 2 steps" in Tables(out.read_text()).text
     assert "nan" not in out.read_text()
+
+
+def test_the_committed_page_is_of_the_committed_results() -> None:
+    """Each time on it is in its file: `qtrain bench report --out docs/benchmarks/report.html` makes it."""
+    folder = Path(__file__).parents[2] / "docs" / "benchmarks"
+    shown = Tables((folder / "report.html").read_text()).rows()
+    files = {path.stem: read_results(path) for path in folder.glob("*.json")}
+    assert {row["file"][0] for row in shown} <= set(files)
+    for name in {row["file"][0] for row in shown}:
+        medians = [float(row["p50, ms"][1] or 0) for row in shown if row["file"][0] == name]
+        expected = [time.p50 if (time := times(row)) is not None else 0 for row in files[name].rows]
+        assert medians == pytest.approx(expected), name
 
 
 @pytest.mark.parametrize(
