@@ -1,4 +1,4 @@
-"""The checkpoints' benchmark as tables: a line for every checkpoint, and one for every engine it ran in."""
+"""The checkpoints' benchmark as tables: of every checkpoint, every engine it ran in, every batch size."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ QUALITY = (
     Column("top-1"),
     Column("status", numeric=False),
 )
-SERVE = (
+ENGINES = (
+    Column("checkpoint", numeric=False),
+    Column("engine", numeric=False),
+    Column("MiB loaded"),
+    Column("MiB at peak"),
+    Column("task score [95 %]"),
+    Column("status", numeric=False),
+)
+SPEED = (
     Column("checkpoint", numeric=False),
     Column("engine", numeric=False),
     Column("batch"),
-    Column("MiB loaded"),
-    Column("MiB at peak"),
-    Column("prefill tok/s"),
-    Column("decode tok/s"),
+    Column("prefill"),
+    Column("decode"),
+    Column("all tok/s"),
     Column("TTFT ms"),
     Column("TPOT ms"),
-    Column("throughput tok/s"),
-    Column("task score"),
-    Column("status", numeric=False),
 )
 
 Row = Mapping[str, Any]
@@ -57,33 +61,56 @@ def quality_cells(row: Row) -> list[str]:
     ]
 
 
-def serve_cells(row: Row) -> list[str]:
-    """A line of the second table, as SERVE."""
-    name, shape, figures = row["variant"], row["shape"], row["figures"]
+def engine_cells(row: Row) -> list[str]:
+    """A line of the second table, as ENGINES."""
+    name, engine, figures = row["variant"], row["shape"]["engine"], row["figures"]
     if row["status"] != OK:
-        return [name, shape["engine"], str(shape["batch"]), *["–"] * 8, row["status"]]
-
-    def mid(figure: str, factor: float = 1, digits: int = 0) -> str:
-        return f"{factor * median(figures[figure]['runs']):.{digits}f}"
-
-    task = figures.get("task score")
+        return [name, engine, *["–"] * 3, row["status"]]
+    task, score = figures.get("task score"), "–"
+    if task is not None:
+        low, high = task["interval"]
+        score = f"{task['value']:.0%} [{low:.0%}, {high:.0%}]"
     return [
         name,
-        shape["engine"],
-        str(shape["batch"]),
-        mid("memory loaded", 1 / MIB),
-        mid("memory", 1 / MIB),
-        mid("prefill"),
-        mid("decode", digits=1),
-        mid("TTFT", 1000),
-        mid("TPOT", 1000, 1),
-        mid("throughput", digits=1),
-        "–" if task is None else f"{task['value']:.0%}",
+        engine,
+        _mid(row, "memory loaded", 1 / MIB),
+        _mid(row, "memory", 1 / MIB),
+        score,
         row["status"],
     ]
 
 
-def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(quality, serve); a checkpoint that is not served keeps one line, not one for each batch size."""
-    quality = [row for row in rows if row["op"] == "quality"]
-    return quality, [row for row in rows if row["op"] == "serve"]
+def speed_cells(row: Row) -> list[str]:
+    """A line of the third table, as SPEED; of a row that is ok."""
+    return [
+        row["variant"],
+        row["shape"]["engine"],
+        str(row["shape"]["batch"]),
+        _mid(row, "prefill"),
+        _mid(row, "decode", digits=1),
+        _mid(row, "throughput", digits=1),
+        _mid(row, "TTFT", 1000),
+        _mid(row, "TPOT", 1000, 1),
+    ]
+
+
+def _mid(row: Row, figure: str, factor: float = 1, digits: int = 0) -> str:
+    return f"{factor * median(row['figures'][figure]['runs']):.{digits}f}"
+
+
+def tables(rows: Sequence[Row]) -> list[tuple[str, tuple[Column, ...], list[list[str]]]]:
+    """(title, columns, lines): what the files hold, what engines take, how fast they are."""
+    served = [row for row in rows if row["op"] == "serve"]
+    ones: dict[tuple[str, str], Row] = {}  # a line for an engine, whatever the batch sizes
+    for row in served:
+        ones.setdefault((row["variant"], row["shape"]["engine"]), row)
+    found = [
+        ("What the files hold", QUALITY, [quality_cells(row) for row in rows if row["op"] == "quality"]),
+        ("What engines make of them", ENGINES, [engine_cells(row) for row in ones.values()]),
+        (
+            "Tokens a second, prompts and answers",
+            SPEED,
+            [speed_cells(row) for row in served if row["status"] == OK],
+        ),
+    ]
+    return [table for table in found if table[2]]

@@ -211,30 +211,44 @@ def _serve(
     options: Options,
     say: Say,
 ) -> list[dict[str, Any]]:
-    samples = []
+    samples: list[dict[str, Any]] = []
     turns = [turn for one in _turns(candidates, statuses, options) for turn in one]
-    for number, turn in enumerate(turns, 1):
-        name = turn.candidate.name
-        sample: dict[str, Any] = {
-            "checkpoint": name,
-            "engine": turn.engine.name,
-            "again": turn.again,
-            "round": turn.round,
-            "order": number,
-            "status": OK,
-        }
-        if statuses[name] != OK:
-            sample["status"] = f"not run: {statuses[name].removeprefix('wrong: ')}"
-        elif turn.engine.missing is not None:
-            sample["status"] = turn.engine.missing
-        else:
-            expected = [math.log(its.perplexity_q) for its in qualities[name].windows]
-            sample |= _one(turn.engine, work, expected, task if turn.round == 0 else None)
-        samples.append(sample)
-        again = " (again)" if turn.again else ""
-        say(f"{number}/{len(turns)} {name}{again}, {turn.engine.name}: {sample['status']}")
+    try:
+        for number, turn in enumerate(turns, 1):
+            samples.append(_sample(number, turn, statuses, qualities, work, task))
+            again = " (again)" if turn.again else ""
+            name = f"{turn.candidate.name}{again}, {turn.engine.name}"
+            say(f"{number}/{len(turns)} {name}: {samples[-1]['status']}")
+    except KeyboardInterrupt:  # what is done is kept
+        say(f"interrupted: {len(turns) - len(samples)} of {len(turns)} processes are missing")
     order = [candidate.name for candidate in candidates]
     return sorted(samples, key=lambda its: (its["again"], order.index(its["checkpoint"]), its["engine"]))
+
+
+def _sample(
+    number: int,
+    turn: Turn,
+    statuses: dict[str, str],
+    qualities: dict[str, Quality],
+    work: Workload,
+    task: Task | None,
+) -> dict[str, Any]:
+    """One process, or why there is none."""
+    name = turn.candidate.name
+    sample: dict[str, Any] = {
+        "checkpoint": name,
+        "engine": turn.engine.name,
+        "again": turn.again,
+        "round": turn.round,
+        "order": number,
+        "status": OK,
+    }
+    if statuses[name] != OK:
+        return sample | {"status": f"not run: {statuses[name].removeprefix('wrong: ')}"}
+    if turn.engine.missing is not None:
+        return sample | {"status": turn.engine.missing}
+    expected = [math.log(its.perplexity_q) for its in qualities[name].windows]
+    return sample | _one(turn.engine, work, expected, task if turn.round == 0 else None)
 
 
 def _one(engine: Engine, work: Workload, expected: Sequence[float], task: Task | None) -> dict[str, Any]:
@@ -268,6 +282,7 @@ def _protocol(
     bounds: Bounds | None,
 ) -> dict[str, Any]:
     return {
+        "run": source.name,
         "device": work.device,
         "clock": "wall",
         "threads": options.threads,
@@ -285,7 +300,6 @@ def _protocol(
         else {"files": task.files, "rows": len(task.rows), "max_new_tokens": task.max_new_tokens},
         "setting": {
             "model": source.base.name,
-            "run": source.name,
             "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens,
         },

@@ -139,16 +139,12 @@ def _write(path: Path, text: str) -> None:
 
 def _show(report: dict[str, Any]) -> str:
     """The tables on the screen; returns them as Markdown."""
-    from qtrain.bench.checkpoint_table import QUALITY, SERVE, quality_cells, serve_cells, split
+    from qtrain.bench.checkpoint_table import tables
     from qtrain.bench.table import markdown_table, terminal_table
 
     screen = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    quality, serve = split(report["rows"])
     parts = []
-    for title, columns, lines in (
-        ("What the files hold", QUALITY, [quality_cells(row) for row in quality]),
-        ("What engines make of them", SERVE, [serve_cells(row) for row in serve]),
-    ):
+    for title, columns, lines in tables(report["rows"]):
         screen.print(terminal_table(title, columns, lines), markup=False)
         parts.append(f"### {title}\n\n{markdown_table(columns, lines)}")
     return "\n".join(parts)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qtrain.bench.checkpoint_rows import quality_row, serve_rows
-from qtrain.bench.checkpoint_table import QUALITY, SERVE, quality_cells, serve_cells
+from qtrain.bench.checkpoint_table import tables
 from qtrain.bench.launch import WorkerFailed
 from qtrain.bench.result_files import read_results
 from qtrain.checkpoint_bench import run as bench
@@ -136,7 +136,9 @@ def test_speeds_are_of_the_times() -> None:
         "TPOT": [[0.5, 0.5]],
         "throughput": [[3.0]],
     }
-    assert len(serve_cells(row)) == len(SERVE)
+    (_, columns, (line,)), (_, _, (speed,)) = tables([row])
+    assert len(line) == len(columns)
+    assert speed[2:] == ["2", "16", "4.0", "3.0", "1000", "500.0"]
 
 
 def test_streams_are_timed_by_their_tokens() -> None:
@@ -168,7 +170,8 @@ def test_an_engine_that_serves_something_else_gets_no_speed(
     (row,) = serve_rows(samples, [2], seed=0)
     assert row["status"].startswith(status)
     assert row["figures"] == {}
-    assert len(serve_cells(row)) == len(SERVE)
+    ((_, _, (line,)),) = tables([row])  # no table of speeds
+    assert line[2:5] == ["–"] * 3
 
 
 def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
@@ -208,7 +211,8 @@ def test_below_the_gate_nothing_is_started(
     assert not any(row["figures"] for row in rows.values())
     quality = [row for row in report["rows"] if row["op"] == "quality"]
     assert quality[2]["status"].startswith("wrong: KL ")
-    assert all(len(quality_cells(row)) == len(QUALITY) for row in quality)
+    (_, columns, lines), _ = tables(report["rows"])
+    assert {len(line) for line in lines} == {len(columns)}
     out = tmp_path / "found.json"
     out.write_text(json.dumps(report))
     assert len(read_results(out).rows) == len(report["rows"])
