@@ -13,20 +13,18 @@ MIB = 1 << 20
 
 QUALITY = (
     Column("checkpoint", numeric=False),
-    Column("MiB on disk"),
-    Column("bits / weight"),
-    Column("KL to 16 bits [95 %]"),
-    Column("perplexity"),
+    Column("MiB"),
+    Column("bits"),
+    Column("KL [95 %]"),
+    Column("ppl"),
     Column("top-1"),
-    Column("status", numeric=False),
 )
 ENGINES = (
     Column("checkpoint", numeric=False),
     Column("engine", numeric=False),
-    Column("MiB loaded"),
-    Column("MiB at peak"),
-    Column("task score [95 %]"),
-    Column("status", numeric=False),
+    Column("MiB"),
+    Column("at peak"),
+    Column("task [95 %]"),
 )
 SPEED = (
     Column("checkpoint", numeric=False),
@@ -34,9 +32,9 @@ SPEED = (
     Column("batch"),
     Column("prefill"),
     Column("decode"),
-    Column("all tok/s"),
-    Column("TTFT ms"),
-    Column("TPOT ms"),
+    Column("all"),
+    Column("TTFT"),
+    Column("TPOT"),
 )
 
 Row = Mapping[str, Any]
@@ -46,7 +44,7 @@ def quality_cells(row: Row) -> list[str]:
     """A line of the first table, as QUALITY."""
     figures = row["figures"]
     if not figures:
-        return [row["variant"], *["–"] * 5, row["status"]]
+        return [row["variant"], *["–"] * 5]
     low, high = figures["KL"]["interval"]
     value = figures["KL"]["value"]
     bits = figures.get("bits per weight")
@@ -54,10 +52,9 @@ def quality_cells(row: Row) -> list[str]:
         row["variant"],
         f"{figures['size'] / MIB:.0f}",
         "–" if bits is None else f"{bits:.2f}",
-        "0" if value == 0 else f"{value:.4f} [{low:.4f}, {high:.4f}]",
-        f"{figures['perplexity']:.3f}",
-        f"{figures['top-1 agreement']:.1%}",
-        row["status"],
+        "0" if value == 0 else f"{value:.3f} [{low:.3f}, {high:.3f}]",
+        f"{figures['perplexity']:.2f}",
+        f"{figures['top-1 agreement']:.0%}",
     ]
 
 
@@ -65,7 +62,7 @@ def engine_cells(row: Row) -> list[str]:
     """A line of the second table, as ENGINES."""
     name, engine, figures = row["variant"], row["shape"]["engine"], row["figures"]
     if row["status"] != OK:
-        return [name, engine, *["–"] * 3, row["status"]]
+        return [name, engine, *["–"] * 3]
     task, score = figures.get("task score"), "–"
     if task is not None:
         low, high = task["interval"]
@@ -76,7 +73,6 @@ def engine_cells(row: Row) -> list[str]:
         _mid(row, "memory loaded", 1 / MIB),
         _mid(row, "memory", 1 / MIB),
         score,
-        row["status"],
     ]
 
 
@@ -105,12 +101,30 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, tuple[Column, ...], list[list
     for row in served:
         ones.setdefault((row["variant"], row["shape"]["engine"]), row)
     found = [
-        ("What the files hold", QUALITY, [quality_cells(row) for row in rows if row["op"] == "quality"]),
-        ("What engines make of them", ENGINES, [engine_cells(row) for row in ones.values()]),
         (
-            "Tokens a second, prompts and answers",
+            "What the files hold: MiB on disk, bits a weight, KL to 16 bits",
+            QUALITY,
+            [quality_cells(row) for row in rows if row["op"] == "quality"],
+        ),
+        (
+            "What engines take: MiB after loading, and make of the task",
+            ENGINES,
+            [engine_cells(row) for row in ones.values()],
+        ),
+        (
+            "How fast they are: tokens a second, milliseconds",
             SPEED,
             [speed_cells(row) for row in served if row["status"] == OK],
         ),
     ]
     return [table for table in found if table[2]]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Why there is a dash: a line for every checkpoint, and for every engine, that is not ok."""
+    lines = []
+    for row in rows:
+        if row["status"] != OK:
+            engine = f", {row['shape']['engine']}" if row["op"] == "serve" else ""
+            lines.append(f"{row['variant']}{engine}: {row['status']}")
+    return list(dict.fromkeys(lines))

@@ -55,18 +55,18 @@ def _transformers(candidate: Candidate, cache: Path) -> Engine:
     python, kind, settings = Path(sys.executable), candidate.kind, {}
     name = "transformers"
     if candidate.kind == "nf4":
-        name = "transformers + bitsandbytes" + (" + peft" if candidate.adapter is not None else "")
+        name = "transformers (bitsandbytes)"
     elif candidate.kind == "quantized":
         peer = Peer("gptqmodel", cache)
         if peer.missing() is None:
-            name, python = "transformers + GPTQModel", peer.python
+            name, python = "transformers (GPTQModel)", peer.python
             # it compiles its kernels for CPUs once, and on two cores loads nothing unless told of workers
             settings = {
                 "TORCH_EXTENSIONS_DIR": str(peer.folder / "extensions"),
                 "GPTQMODEL_CPU_WORKERS": "2",
             }
         else:
-            name, kind = "transformers (dequantised by qtrain)", "dequantized"  # type: ignore[assignment]
+            name, kind = "transformers (dequantised)", "dequantized"  # type: ignore[assignment]
 
     def run(work: Workload) -> Result:
         nf4 = candidate.nf4

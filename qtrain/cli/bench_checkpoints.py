@@ -139,7 +139,7 @@ def _write(path: Path, text: str) -> None:
 
 def _show(report: dict[str, Any]) -> str:
     """The tables on the screen; returns them as Markdown."""
-    from qtrain.bench.checkpoint_table import tables
+    from qtrain.bench.checkpoint_table import notes, tables
     from qtrain.bench.table import markdown_table, terminal_table
 
     screen = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
@@ -147,4 +147,7 @@ def _show(report: dict[str, Any]) -> str:
     for title, columns, lines in tables(report["rows"]):
         screen.print(terminal_table(title, columns, lines), markup=False)
         parts.append(f"### {title}\n\n{markdown_table(columns, lines)}")
-    return "\n".join(parts)
+    found = notes(report["rows"])
+    for line in found:
+        screen.print(line, markup=False, soft_wrap=True)
+    return "\n".join([*parts, "".join(f"- {line}\n" for line in found)])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qtrain.bench.checkpoint_rows import quality_row, serve_rows
-from qtrain.bench.checkpoint_table import tables
+from qtrain.bench.checkpoint_table import notes, tables
 from qtrain.bench.launch import WorkerFailed
 from qtrain.bench.result_files import read_results
 from qtrain.checkpoint_bench import run as bench
@@ -83,7 +83,7 @@ def test_a_run_side_by_side(world: Path, tmp_path: Path, capsys: pytest.CaptureF
     transformers = [row for row in serve if "vLLM" not in row.shape_text]
     assert [row.status for row in transformers] == ["ok"] * 8
     assert {row.variant for row in transformers} == {*quality, "fp32 merged (again)"} - {"AWQ"}
-    assert "transformers (dequantised by qtrain), batch 4" in {row.shape_text for row in transformers}
+    assert "transformers (dequantised), batch 4" in {row.shape_text for row in transformers}
     for row in transformers:
         assert row.figures["memory"].p50 >= row.figures["memory loaded"].p50 > 1e8  # torch alone takes that
         assert row.figures["decode"].p50 > 0
@@ -171,7 +171,8 @@ def test_an_engine_that_serves_something_else_gets_no_speed(
     assert row["status"].startswith(status)
     assert row["figures"] == {}
     ((_, _, (line,)),) = tables([row])  # no table of speeds
-    assert line[2:5] == ["–"] * 3
+    assert line[2:] == ["–"] * 3
+    assert notes([row, row]) == [f"a, engine: {row['status']}"]
 
 
 def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
