@@ -83,15 +83,16 @@ def speed_cells(row: Row) -> list[str]:
         row["shape"]["engine"],
         str(row["shape"]["batch"]),
         _mid(row, "prefill"),
-        _mid(row, "decode", digits=1),
-        _mid(row, "throughput", digits=1),
+        _mid(row, "decode"),
+        _mid(row, "throughput"),
         _mid(row, "TTFT", 1000),
-        _mid(row, "TPOT", 1000, 1),
+        _mid(row, "TPOT", 1000),
     ]
 
 
-def _mid(row: Row, figure: str, factor: float = 1, digits: int = 0) -> str:
-    return f"{factor * median(row['figures'][figure]['runs']):.{digits}f}"
+def _mid(row: Row, figure: str, factor: float = 1) -> str:
+    value = factor * median(row["figures"][figure]["runs"])
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, tuple[Column, ...], list[list[str]]]]:

@@ -138,7 +138,7 @@ def test_speeds_are_of_the_times() -> None:
     }
     (_, columns, (line,)), (_, _, (speed,)) = tables([row])
     assert len(line) == len(columns)
-    assert speed[2:] == ["2", "16", "4.0", "3.0", "1000", "500.0"]
+    assert speed[2:] == ["2", "16.0", "4.0", "3.0", "1000", "500"]
 
 
 def test_streams_are_timed_by_their_tokens() -> None:
