@@ -22,6 +22,10 @@ def compare(
         float, typer.Option(min=0, max=10, help="Least difference that counts, as a share of A's.")
     ] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Across devices, threads and settings too.")] = False,
+    allow_drift: Annotated[
+        bool,
+        typer.Option("--allow-drift", help="Add what the other variants' times moved to the noise floor."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold two results of one benchmark against each other: ratios of medians with intervals, and verdicts.
@@ -37,7 +41,12 @@ def compare(
     say = Console(stderr=True, highlight=False)
     try:
         found = compare(
-            read_results(a), read_results(b), force=force, figures=figure or (), least_floor=noise_floor
+            read_results(a),
+            read_results(b),
+            force=force,
+            figures=figure or (),
+            least_floor=noise_floor,
+            allow_drift=allow_drift,
         )
     except ResultsError as error:
         say.print(str(error), style="red", markup=False, soft_wrap=True)

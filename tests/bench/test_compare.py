@@ -111,6 +111,32 @@ def test_memory_that_grew_is_a_regression(tmp_path: Path) -> None:
     assert run(tmp_path, samples.kernels(), changed, "--figure", "time").exit_code == 0
 
 
+def test_resident_memory_has_a_grain_and_cuda_has_none(tmp_path: Path) -> None:
+    """3 MiB of 20 are a seventh: noise of a process that grew, and a regression of an allocator's count."""
+    for device, verdict in (("cpu", "no difference"), ("cuda", "worse")):
+        a, b = samples.kernels(), samples.kernels()
+        for report, peak in ((a, 20), (b, 23)):
+            report["protocol"]["device"] = device
+            for row in report["rows"][:2]:
+                row["peak_bytes"] = peak << 20
+        assert found(run(tmp_path, a, b, "--json"), "qtrain", "memory")["verdict"] == verdict
+
+
+def test_drift_of_the_machine_is_named_and_can_be_allowed(tmp_path: Path) -> None:
+    """All times are 1.2 times as long, of code that is not ours too."""
+    first = samples.kernels()
+    first["rows"] += [samples.kernel_row(name, samples.QUIET) for name in ("eager", "unsloth")]
+    later = copy.deepcopy(first)
+    for row in later["rows"]:
+        row["samples_s"] = [1.2 * second for second in row.get("samples_s", ())] or None
+    result = run(tmp_path, first, later)
+    assert result.exit_code == 1
+    assert "are 1.20 times A's in the median: the machine was not the same" in result.output
+    assert run(tmp_path, first, later, "--allow-drift").exit_code == 0
+    row = found(run(tmp_path, first, later, "--allow-drift", "--json"), "qtrain")
+    assert row["noise_floor"] == pytest.approx(0.03 + 0.2)
+
+
 def test_quality_is_better_or_worse(tmp_path: Path) -> None:
     changed = samples.checkpoints()
     changed["rows"][0]["figures"] |= {"KL": 0.17, "perplexity": 19.0}
