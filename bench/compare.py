@@ -7,9 +7,9 @@ files state counts, in the worse of the two; where they state none, what A's row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from .results import AGAIN, BROKEN, MEMORY, OK, OURS, TIME, Figure, Key, Results, ResultsError, Row
 from .statistics import Ratio, median, ratio_of_medians
@@ -17,8 +17,8 @@ from .statistics import Ratio, median, ratio_of_medians
 Change = Literal["better", "worse", "same", "unknown"]
 
 LEAST_FLOOR = 0.01  # of every ratio: what is smaller is no difference to anyone
-# Resident memory comes in pages, arenas and the allocator's habits, and has no interval: the same call was seen
-# to differ by 1.5 MiB from run to run. What CUDA's allocator counts is exact.
+# Resident memory comes in pages and the allocator's habits, and has no interval: the same call was seen to
+# differ by 1.5 MiB from run to run. What CUDA's allocator counts is exact.
 RESIDENT_FLOOR, RESIDENT_GRAIN = 0.05, 4 << 20
 LEAST_DRIFT_TIMES, SEEN_DRIFT = 3, 0.05
 RESAMPLES = 1000  # of samples by process, each of which is drawn in a loop
@@ -281,48 +281,3 @@ def _notes(a: Results, b: Results, lines: Sequence[Line], drift: float | None) -
             if abs(drift - 1) < SEEN_DRIFT
             else f"{note}: the machine was not the same; see --allow-drift"
         )
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """JSON-ready."""
-
-    def about(results: Results) -> dict[str, Any]:
-        return {"path": str(results.path), "setting": dict(results.setting)} | dict(results.provenance)
-
-    def case(row: Row) -> dict[str, Any]:
-        return {
-            "op": row.op, "variant": row.variant, "pass": row.phase, "dtype": row.dtype,
-            "shape": dict(row.shape),
-        }  # fmt: skip
-
-    def side(figure: Figure) -> Mapping[str, float]:
-        return {"n": figure.n, "p05": figure.p05, "p50": figure.p50, "p95": figure.p95}
-
-    return {
-        "kind": comparison.a.kind,
-        "a": about(comparison.a),
-        "b": about(comparison.b),
-        "rows": [
-            case(line.row)
-            | {
-                "figure": line.a.name,
-                "unit": line.a.unit,
-                "a": side(line.a),
-                "b": side(line.b),
-                "ratio": None
-                if line.ratio is None
-                else [line.ratio.low, line.ratio.estimate, line.ratio.high],
-                "noise_floor": line.floor,
-                "noise_measured": line.measured_floor,
-                "verdict": line.verdict,
-            }
-            for line in comparison.lines
-        ],
-        "not_compared": [
-            case(one.row) | {"a": one.a, "b": one.b, "broke": one.broke} for one in comparison.untimed
-        ],
-        "only_in_a": [case(row) | {"status": row.status} for row in comparison.only_a],
-        "only_in_b": [case(row) | {"status": row.status} for row in comparison.only_b],
-        "notes": comparison.notes,
-        "regressions": len(comparison.regressions),
-    }

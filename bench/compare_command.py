@@ -34,7 +34,7 @@ def compare(
     """
     from rich.console import Console
 
-    from .compare import as_json, compare
+    from .compare import compare
     from .result_files import read_results
     from .results import ResultsError
 
@@ -53,6 +53,8 @@ def compare(
         raise typer.Exit(2) from None
     if json:
         from json import dumps
+
+        from .compare_json import as_json
 
         typer.echo(dumps(as_json(found), indent=1))
     else:
