@@ -61,6 +61,7 @@ VARIANTS = (
     Variant("round to nearest, symmetric", "quantize_nearest", True),
     Variant("qtrain awq", OURS, False, {"method": "awq"}),
     _peer("GPTQModel AWQ", "gptqmodel", False, method="awq"),
+    _peer("GPTQModel AWQ (8 windows)", "gptqmodel", False, method="awq", windows=8),  # all take half an hour
     _peer("llm-compressor AWQ", "llmcompressor", False, method="awq"),
     Variant("round to nearest, asymmetric", "quantize_nearest", False),
 )

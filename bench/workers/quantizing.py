@@ -39,7 +39,8 @@ class Job:
         checkpoint: where the quantised model goes; not there yet.
         output: the JSON file to leave.
         scratch: an empty folder of this run's own.
-        options: `method`, `group_size`, `symmetric`, and what the worker documents.
+        options: `method`, `group_size`, `symmetric`, `windows` where not all are wanted, and what the worker
+            documents.
     """
 
     model: Path
@@ -60,9 +61,9 @@ class Job:
         return bool(self.options["symmetric"])
 
     def calibration(self) -> list[list[int]]:
-        """Token ids, window by window, all of one length."""
+        """Token ids, window by window, all of one length; only the first where `windows` says how many."""
         rows: list[list[int]] = json.loads(self.windows.read_text())
-        return rows
+        return rows[: self.options.get("windows")]
 
 
 def read_job() -> Job:
