@@ -88,7 +88,9 @@ def load(job: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    place = {"device_map": {"": job["device"]}}
+    place: dict[str, Any] = {}
+    if job["device"] != "cpu" or job["kind"] == "nf4":
+        place["device_map"] = {"": job["device"]}
     if job["kind"] == "dequantized":
         return _dequantized(job).to(job["device"]).eval()
     if job["kind"] == "nf4":

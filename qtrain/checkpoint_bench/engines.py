@@ -72,7 +72,7 @@ def _transformers(candidate: Candidate, cache: Path) -> Engine:
         nf4 = candidate.nf4
         job = work.as_job() | {
             "kind": kind,
-            "folder": str(candidate.folder),
+            "folder": None if candidate.folder is None else str(candidate.folder.absolute()),
             "adapter": None if candidate.adapter is None else str(candidate.adapter.absolute()),
             "nf4": nf4
             and {"double_quant": nf4.double_quant, "dtype": str(nf4.compute_dtype).removeprefix("torch.")},

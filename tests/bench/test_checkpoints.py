@@ -59,8 +59,11 @@ SHORT = ("--quick", "--samples", "1", "--new-tokens", "2", "--limit", "2", "--th
 
 
 @pytest.mark.slow
-def test_a_run_side_by_side(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, run = tmp_path / "found.json", world / "run"
+def test_a_run_side_by_side(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)  # workers run elsewhere: names are relative to where the command is
+    out, run = tmp_path / "found.json", Path("run")
     code = command(run, *SHORT, "--max-new-tokens", 4, "--cache", tmp_path, "--out", out)
     assert code == 0, capsys.readouterr().err
     results = read_results(out)
