@@ -129,7 +129,7 @@ def test_every_pin_is_exact() -> None:
         pins = [line for line in lines if not line.startswith("#")]
         assert all(line.count("==") == 1 and "+" not in line for line in pins)
         assert sum(line.startswith("torch==") for line in pins) == 1
-    with pytest.raises(PeerError, match="there is no peer 'axolotl'; there are .*trl, unsloth"):
+    with pytest.raises(PeerError, match=r"there is no peer 'axolotl'; there are .*trl, unsloth"):
         find_peer("axolotl")
 
 
