@@ -1,6 +1,7 @@
 """From the processes of the checkpoints' benchmark to rows of the long form.
 
-A row of `quality` for every checkpoint, and one of `serve` for every checkpoint, engine and batch size.
+A row of `quality` for every checkpoint, and one of `serve` for every checkpoint, engine and batch size, which
+has the files' perplexity again: by it the page sets the checkpoints of one batch size beside each other.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ def serve_rows(samples: Sequence[Sample], batches: Sequence[int], *, seed: int) 
         for batch in batches:
             row: dict[str, Any] = {
                 "op": "serve",
-                "variant": checkpoint + (AGAIN if again else ""),
-                "shape": {"engine": engine, "batch": batch},
+                "variant": f"{checkpoint} in {engine}{AGAIN if again else ''}",
+                "shape": {"batch": batch},
+                "checkpoint": checkpoint,
+                "engine": engine,
                 "status": status,
                 "figures": {},
             }
@@ -64,7 +67,9 @@ def _figures(group: Sequence[Sample], batch: int) -> dict[str, Any]:
     }
     for name in ("prefill", "decode", "TTFT", "TPOT", "throughput"):
         figures[name] = {"runs": [list(MEASURES[name](speed)) for speed in speeds]}
-    task = group[0].get("task")
+    if "perplexity" in group[0]:
+        figures["perplexity"] = group[0]["perplexity"]
+    task = next((sample["task"] for sample in group if "task" in sample), None)
     if task is not None:
         figures["task score"] = {"value": task["score"], "interval": task["interval"]}
     return figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .results import OK
+from .results import AGAIN, OK
 from .statistics import median
 from .table import Column
 
@@ -60,7 +60,7 @@ def quality_cells(row: Row) -> list[str]:
 
 def engine_cells(row: Row) -> list[str]:
     """A line of the second table, as ENGINES."""
-    name, engine, figures = row["variant"], row["shape"]["engine"], row["figures"]
+    name, engine, figures = _name(row), row["engine"], row["figures"]
     if row["status"] != OK:
         return [name, engine, *["–"] * 3]
     task, score = figures.get("task score"), "–"
@@ -79,8 +79,8 @@ def engine_cells(row: Row) -> list[str]:
 def speed_cells(row: Row) -> list[str]:
     """A line of the third table, as SPEED; of a row that is ok."""
     return [
-        row["variant"],
-        row["shape"]["engine"],
+        _name(row),
+        row["engine"],
         str(row["shape"]["batch"]),
         _mid(row, "prefill"),
         _mid(row, "decode"),
@@ -88,6 +88,10 @@ def speed_cells(row: Row) -> list[str]:
         _mid(row, "TTFT", 1000),
         _mid(row, "TPOT", 1000),
     ]
+
+
+def _name(row: Row) -> str:
+    return str(row["checkpoint"]) + (AGAIN if row["variant"].endswith(AGAIN) else "")
 
 
 def _mid(row: Row, figure: str, factor: float = 1) -> str:
@@ -98,9 +102,9 @@ def _mid(row: Row, figure: str, factor: float = 1) -> str:
 def tables(rows: Sequence[Row]) -> list[tuple[str, tuple[Column, ...], list[list[str]]]]:
     """(title, columns, lines): what the files hold, what engines take, how fast they are."""
     served = [row for row in rows if row["op"] == "serve"]
-    ones: dict[tuple[str, str], Row] = {}  # a line for an engine, whatever the batch sizes
+    ones: dict[str, Row] = {}  # a line for an engine, whatever the batch sizes
     for row in served:
-        ones.setdefault((row["variant"], row["shape"]["engine"]), row)
+        ones.setdefault(row["variant"], row)
     found = [
         (
             "What the files hold: MiB on disk, bits a weight, KL to 16 bits",
@@ -126,6 +130,5 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row["status"] != OK:
-            engine = f", {row['shape']['engine']}" if row["op"] == "serve" else ""
-            lines.append(f"{row['variant']}{engine}: {row['status']}")
+            lines.append(f"{row['variant']}: {row['status']}")
     return list(dict.fromkeys(lines))

@@ -87,12 +87,13 @@ def _value(row: Row) -> float:
 
 
 def _says(rows: Sequence[Row]) -> str:
-    losing = [row for row in rows if "KL" in row.figures]
+    losing = [row for row in rows if "KL" in row.figures and row.figures["KL"].p50 > 0]  # 0: the model itself
     if not losing:
         return "Lower is better."
     least = min(losing, key=lambda row: row.figures["KL"].p50)
+    scheme = f" ({_scheme(least)})" if _scheme(least) else ""
     return (
-        f"Of {len(losing)} checkpoints {least.variant} ({least.dtype}, {least.shape_text}) is nearest to the "
+        f"Of {len(losing)} checkpoints {least.variant}{scheme} is nearest to the "
         f"16-bit model: a mean KL divergence of {digits(least.figures['KL'].p50)} nats a token."
     )
 

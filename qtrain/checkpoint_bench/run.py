@@ -248,6 +248,7 @@ def _sample(
     if turn.engine.missing is not None:
         return sample | {"status": turn.engine.missing}
     expected = [math.log(its.perplexity_q) for its in qualities[name].windows]
+    sample["perplexity"] = qualities[name].whole.perplexity_q
     return sample | _one(turn.engine, work, expected, task if turn.round == 0 else None)
 
 

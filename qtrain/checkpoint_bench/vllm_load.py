@@ -95,7 +95,10 @@ def _answers(server: Server, work: Workload) -> list[list[int]]:
             stop_token_ids=list(work.stop_ids),
             return_token_ids=True,
         )
-        return [int(token) for token in answer["token_ids"]]
+        ids = [int(token) for token in answer["token_ids"]]
+        if answer["finish_reason"] == "stop" and not (ids and ids[-1] in work.stop_ids):
+            ids.append(work.stop_ids[0])  # it ended; the token that says so is not always returned
+        return ids
 
     with ThreadPoolExecutor(ANSWER_BATCH) as pool:
         return list(pool.map(ask, work.prompts))

@@ -83,10 +83,15 @@ def test_a_run_side_by_side(
     # 4 bits, a 16-bit scale and a 4-bit zero point for 32 of them, and 32 bits of g_idx for each column
     assert 4 + 20 / 32 < gptq.figures["bits per weight"].p50 < 4 + 20 / 32 + 1
     serve = [row for row in results.rows if row.op == "serve"]
-    transformers = [row for row in serve if "vLLM" not in row.shape_text]
+    transformers = [row for row in serve if "vLLM" not in row.variant]
     assert [row.status for row in transformers] == ["ok"] * 8
-    assert {row.variant for row in transformers} == {*quality, "fp32 merged (again)"} - {"AWQ"}
-    assert "transformers (dequantised), batch 4" in {row.shape_text for row in transformers}
+    assert {row.variant for row in transformers} == {
+        "fp32 merged in transformers",
+        "fp32 merged in transformers (again)",
+        "NF4 + adapter in transformers (bitsandbytes)",
+        "GPTQ 4-bit, group 32 in transformers (dequantised)",
+    }
+    assert {row.shape_text for row in serve} == {"batch 1", "batch 4"}
     for row in transformers:
         assert row.figures["memory"].p50 >= row.figures["memory loaded"].p50 > 1e8  # torch alone takes that
         assert row.figures["decode"].p50 > 0
@@ -94,7 +99,7 @@ def test_a_run_side_by_side(
         "python -m qtrain.bench.peers install vllm",
         "a base in NF4 with an adapter beside it is no one folder; its exports are",
     }
-    again = [row for row in transformers if row.variant == "fp32 merged (again)"]
+    again = [row for row in transformers if row.variant.endswith("(again)")]
     assert all(row.noise_floor is not None for row in again)
 
 
@@ -175,7 +180,7 @@ def test_an_engine_that_serves_something_else_gets_no_speed(
     assert row["figures"] == {}
     ((_, _, (line,)),) = tables([row])  # no table of speeds
     assert line[2:] == ["–"] * 3
-    assert notes([row, row]) == [f"a, engine: {row['status']}"]
+    assert notes([row, row]) == [f"a in engine: {row['status']}"]
 
 
 def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
@@ -210,8 +215,8 @@ def test_below_the_gate_nothing_is_started(
     report = bench.bench_checkpoints(str(world / "run"), options, lambda _: None)
     assert set(started) == {"fp32 merged"}
     rows = {row["variant"]: row for row in report["rows"] if row["op"] == "serve"}
-    assert rows["GPTQ 4-bit, group 32"]["status"].startswith("not run: KL ")
-    assert rows["fp32 merged"]["status"] == "failed: not today"
+    assert rows["GPTQ 4-bit, group 32 in engine"]["status"].startswith("not run: KL ")
+    assert rows["fp32 merged in engine"]["status"] == "failed: not today"
     assert not any(row["figures"] for row in rows.values())
     quality = [row for row in report["rows"] if row["op"] == "quality"]
     assert quality[2]["status"].startswith("wrong: KL ")
