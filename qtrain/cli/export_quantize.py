@@ -7,14 +7,35 @@ from typing import Annotated, Any
 
 import typer
 
+from qtrain.export.errors import ExportError
+
 from .terminal import console
+
+
+def _number(name: str, kind: type[int] | type[float] = int) -> Any:
+    """A parser whose error is a line, not a page of usage."""
+
+    def parse(value: Any) -> Any:
+        try:
+            return kind(value)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ExportError(f"--{name} is '{value}', must be {what}") from None
+
+    return parse
+
 
 Source = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A finished run, or a model: folder, hub name, demo.")
 ]
-Bits = Annotated[int, typer.Option(help="Of a weight: 2, 4 or 8.")]
+Bits = Annotated[int, typer.Option(parser=_number("bits"), metavar="N", help="Of a weight: 2, 4 or 8.")]
 GroupSize = Annotated[
-    int, typer.Option(help="Columns that share a scale: 32, 64, 128; -1 for the whole row.")
+    int,
+    typer.Option(
+        parser=_number("group-size"),
+        metavar="N",
+        help="Columns that share a scale: 32, 64, 128; -1 for the whole row.",
+    ),
 ]
 ActOrder = Annotated[
     str,
@@ -30,8 +51,10 @@ Scaling = Annotated[
 Clip = Annotated[
     bool, typer.Option("--clip/--no-clip", help="Search how far ranges are clipped (nearest only).")
 ]
-Calib = Annotated[int, typer.Option(help="Calibration windows.")]
-CalibLength = Annotated[int, typer.Option(help="Tokens of a window.")]
+Calib = Annotated[int, typer.Option(parser=_number("calib"), metavar="N", help="Calibration windows.")]
+CalibLength = Annotated[
+    int, typer.Option(parser=_number("calib-length"), metavar="N", help="Tokens of a window.")
+]
 CalibData = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,12 +66,31 @@ Change = Annotated[
     typer.Option("--set", help="modules.down_proj.bits=8: single modules; bits=16 leaves them alone."),
 ]
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantise the output head too.")]
-Damp = Annotated[float, typer.Option(help="Damping, relative to the mean of the Gram matrix's diagonal.")]
-Refine = Annotated[int, typer.Option(help="Rounds of refining scales and integers after rounding.")]
-Correction = Annotated[
-    float, typer.Option(help="0 .. 1: how much of what earlier layers lost is made up for (GPTAQ).")
+Damp = Annotated[
+    float,
+    typer.Option(
+        parser=_number("damp", float),
+        metavar="X",
+        help="Damping, relative to the mean of the Gram matrix's diagonal.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the calibration rows' order.")]
+Refine = Annotated[
+    int,
+    typer.Option(
+        parser=_number("refine"), metavar="N", help="Rounds of refining scales and integers after rounding."
+    ),
+]
+Correction = Annotated[
+    float,
+    typer.Option(
+        parser=_number("correction", float),
+        metavar="X",
+        help="0 .. 1: how much of what earlier layers lost is made up for (GPTAQ).",
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(parser=_number("seed"), metavar="N", help="Of the calibration rows' order.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Of the calibration's arithmetic: auto (fp32), fp32, bf16, fp16.")]
 Base = Annotated[str, typer.Option(help="original, or dequantized: the NF4 that a 4-bit run was trained on.")]
@@ -74,8 +116,8 @@ Data = Annotated[
     list[str] | None,
     typer.Option(help="Rows for the gate (default: the run's held-out rows, else some kept back)."),
 ]
-Rows = Annotated[int, typer.Option(min=0, help="Rows for the gate.")]
-Tokens = Annotated[int, typer.Option(min=2, help="Cut those rows there.")]
+Rows = Annotated[int, typer.Option(parser=_number("rows"), metavar="N", help="Rows for the gate.")]
+Tokens = Annotated[int, typer.Option(parser=_number("tokens"), metavar="N", help="Cut those rows there.")]
 
 
 def gptq(

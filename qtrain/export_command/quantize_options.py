@@ -102,6 +102,8 @@ def check_options(options: QuantizeOptions) -> Settings:
     _within("calib", options.calib, 1)
     _within("calib-length", options.calib_length, 8)
     _within("refine", options.refine, 0)
+    _within("rows", options.rows, 0)
+    _within("tokens", options.tokens, 2)
     changes = [parse_change(text) for text in options.changes]
     nearest = options.rounding == "nearest"
     if options.act_order == "full" and (nearest or container != "gptq"):
