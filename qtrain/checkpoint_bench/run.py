@@ -91,6 +91,8 @@ def bench_checkpoints(name: str, options: Options, say: Say) -> dict[str, Any]:
         UserError, ExportError: no such run or folder, no rows to measure on, a damaged file of the run.
     """
     bounds = parse_gate(options.gate)
+    if options.place == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; leave it out")
     source = find_source(name)
     candidates = find_candidates(source, options.folders)
     windows = _windows(source, options)

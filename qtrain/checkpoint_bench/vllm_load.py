@@ -70,7 +70,7 @@ def _ask_all(server: Server, work: Workload, load_s: float) -> dict[str, Any]:
         result = {
             "nll": [_nll(server, window) for window in work.gate_windows],
             "answers": _answers(server, work),
-            "speed": [load(server, work, size) for size in work.batches],
+            "speed": [_load(server, work, size) for size in work.batches],
         }
     return result | {
         "load_s": load_s,
@@ -104,7 +104,7 @@ def _answers(server: Server, work: Workload) -> list[list[int]]:
         return list(pool.map(ask, work.prompts))
 
 
-def load(server: Server, work: Workload, size: int) -> dict[str, Any]:
+def _load(server: Server, work: Workload, size: int) -> dict[str, Any]:
     """`samples` times `size` requests at once, behind one time that warms up."""
     found: dict[str, Any] = {"batch": size, "streams": []}
     with ThreadPoolExecutor(size) as pool:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qtrain.bench.checkpoint_rows import quality_row, serve_rows
 from qtrain.bench.checkpoint_table import notes, tables
 from qtrain.bench.launch import WorkerFailed
+from qtrain.bench.peers.environments import Peer
 from qtrain.bench.result_files import read_results
 from qtrain.checkpoint_bench import run as bench
 from qtrain.checkpoint_bench.candidates import find_candidates
 from qtrain.checkpoint_bench.engines import Engine
-from qtrain.checkpoint_bench.vllm_load import descendants_pss, load
+from qtrain.checkpoint_bench.vllm_load import descendants_pss, serve
 from qtrain.checkpoint_bench.workload import Workload
 from qtrain.cli import main
 from qtrain.errors import UserError
@@ -30,7 +31,6 @@ from qtrain.export.verify import measure
 from qtrain.export_command.merge import merged_weights
 from qtrain.export_command.rows import held_out_windows
 from qtrain.export_command.source import find_source
-from qtrain.export_command.vllm_server import Server
 from tests.export.folders import save_model
 from tests.qtrain.export_command.exports import SMALL, make_world
 
@@ -261,48 +261,95 @@ def test_a_damaged_export_is_a_row(world: Path, tmp_path: Path) -> None:
     [
         (["--engine", "ollama"], "--engine ollama: there is transformers, vllm"),
         (["--device", "tpu"], "--device tpu: there is auto, cpu, cuda"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
         (["--out", "no/such/f.json"], "--out no/such/f.json: there is no folder no/such"),
         (["--gate", "kl=x"], "kl is 'x', must be a number of 0 or more"),
     ],
 )
 def test_refusals(words: list[str], line: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is one")
     assert command(world / "run", *words) == 2
     assert line in capsys.readouterr().err
 
 
-class FakeServer(BaseHTTPRequestHandler):
-    """Streams as vLLM does: the role of each event is told by its token ids."""
+# Stands for vLLM's command: serves its HTTP interface, each token 1 and of log-prob -1.5, ends after three.
+FAKE = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    def do_POST(self) -> None:
+held = bytearray(50 << 20)
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"version": "9.9"}')
+
+    def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for number in range(asked["max_tokens"]):
-            event = {"choices": [{"text": "x", "token_ids": [number]}]}
-            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-        self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        made = [1] * asked["max_tokens"]
+        if asked.get("stream"):
+            for token in made:
+                event = {"choices": [{"text": "x", "token_ids": [token]}]}
+                self.wfile.write(f"data: {json.dumps(event)}\\n\\n".encode())
+            self.wfile.write(b'data: {"choices": []}\\n\\ndata: [DONE]\\n\\n')
+            return
+        choice = {"token_ids": made[:3], "finish_reason": "stop"}
+        if "prompt_logprobs" in asked:
+            places = [{str(token): {"logprob": -1.5}} for token in asked["prompt"]]
+            choice["prompt_logprobs"] = [None, *places[1:]]
+        self.wfile.write(json.dumps({"choices": [choice]}).encode())
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+    def log_message(self, *_):
+        pass
+
+assert sys.argv[1] == "serve" and "--max-num-seqs" in sys.argv
+if sys.argv[sys.argv.index("--max-num-seqs") + 1] == "3":
+    raise ValueError("three is too many")
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
 
 
 @pytest.fixture
-def fake_server() -> Iterator[Server]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Server(f"http://127.0.0.1:{server.server_port}", 10)
-        server.shutdown()
+def fake_vllm(tmp_path: Path) -> Path:
+    """A cache in which vLLM's environment is this one command."""
+    peer = Peer("vllm", tmp_path)
+    command = peer.folder / "bin" / "vllm"
+    command.parent.mkdir(parents=True)
+    command.write_text(f"#!{sys.executable}\n{FAKE}")
+    command.chmod(0o755)
+    pins = hashlib.sha256(peer.requirements.read_bytes()).hexdigest()
+    (peer.folder / "installed.json").write_text(json.dumps({"requirements": pins}))
+    return tmp_path
 
 
-def test_requests_are_streamed_at_once(fake_server: Server) -> None:
-    found = load(fake_server, WORK, 2)
-    ((first, second),) = found["streams"]  # the first time warms up
+def test_vllm_is_a_process_under_load(fake_vllm: Path) -> None:
+    work = replace(WORK, prompts=[[5, 6], [7]], stop_ids=[2], max_new_tokens=8, batches=(1, 2), samples=2)
+    before = descendants_pss()
+    found = serve(Path("folder"), work, fake_vllm)
+    assert found["nll"] == [1.5]
+    assert found["answers"] == [[1, 1, 1, 2]] * 2  # the end is put back
+    assert found["versions"] == {"vllm": "9.9"}
+    assert 50 << 20 < found["loaded_bytes"] - before < 120 << 20  # the array, an interpreter, its modules
+    assert found["peak_bytes"] >= found["loaded_bytes"]
+    one, two = found["speed"]
+    assert [len(one["streams"]), len(two["streams"])] == [2, 2]  # behind one that warms up
+    assert [len(requests) for requests in two["streams"]] == [2, 2]
+    first, second = two["streams"][0]
     for times in (first, second):
-        assert len(times) == 1 + WORK.new_tokens + 1
+        assert len(times) == 1 + work.new_tokens + 1
         assert times == sorted(times)
     assert first[0] < second[-1]
     assert second[0] < first[-1]  # both were under way together
+    assert descendants_pss() <= before + (1 << 20)  # it has ended
+
+
+def test_what_vllm_says_when_it_refuses(fake_vllm: Path) -> None:
+    with pytest.raises(WorkerFailed, match=r"^vLLM refused: ValueError: three is too many$"):
+        serve(Path("folder"), replace(WORK, batches=(1, 3)), fake_vllm)
 
 
 def test_the_requests_are_the_same_for_every_engine_and_never_twice() -> None:
