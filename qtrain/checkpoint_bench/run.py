@@ -101,6 +101,8 @@ def bench_checkpoints(name: str, options: Options, say: Say) -> dict[str, Any]:
     about["machine"] |= {"threads": options.threads, "gpu_clocks_before": gpu_clocks()}
     for line in source.notes:
         say(f"note: {line}")
+    if not windows.held_out:
+        say("note: the run has no held-out rows; KL and perplexity are of rows that it was trained on")
     if task is None:
         say("no task score: there are no held-out rows, or --limit is 0")
     qualities, statuses = _judge(source, candidates, windows, bounds, say)
