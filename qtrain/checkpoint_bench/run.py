@@ -51,7 +51,7 @@ class Options:
     batch: int = 4
     prompt_tokens: int = 128
     new_tokens: int = 32
-    samples: int = 10
+    samples: int = 15
     rounds: int = 2
     threads: int = 2
     timeout_s: float = 900
@@ -261,7 +261,7 @@ def _one(engine: Engine, work: Workload, expected: Sequence[float], task: Task |
     try:
         result = engine.run(work.without_prompts() if task is None else work)
     except WorkerFailed as error:
-        return {"status": f"failed: {error}"}
+        return {"status": f"{_kind(str(error))}: {error}"}
     for speed in result["speed"]:
         speed["prompt_tokens"] = work.prompt_tokens
     found: dict[str, Any] = {"result": result}
@@ -276,6 +276,12 @@ def _one(engine: Engine, work: Workload, expected: Sequence[float], task: Task |
         if found["task"]["empty"] == len(task.prompts):
             return {"status": "wrong: it answers nothing to any prompt", "task": found["task"]}
     return found
+
+
+def _kind(failure: str) -> str:
+    """A process that ran out of memory is killed, or says so."""
+    memory = "SIGKILL" in failure or "out of memory" in failure.lower() or "OutOfMemory" in failure
+    return "out of memory" if memory else "failed"
 
 
 def _protocol(

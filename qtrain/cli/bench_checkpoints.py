@@ -52,7 +52,7 @@ def checkpoints(
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, besides one alone.")] = 4,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a request for speed [128].")] = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Made behind its first [32].")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Timed requests of a process [10].")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Timed requests of a process [15].")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Processes of each checkpoint and engine [2].")
     ] = None,
@@ -81,6 +81,7 @@ def checkpoints(
     for option, path in (("--out", out), ("--markdown", markdown)):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{option} {path}: there is no folder {path.parent}")
+    from qtrain.bench.results import BROKEN
     from qtrain.checkpoint_bench.run import Options, bench_checkpoints
 
     sizes = {
@@ -119,7 +120,7 @@ def checkpoints(
     text = _show(report)
     if markdown is not None:
         _write(markdown, text)
-    raise typer.Exit(int(any(row["status"].startswith(("wrong", "failed")) for row in report["rows"])))
+    raise typer.Exit(int(any(row["status"].startswith(BROKEN) for row in report["rows"])))
 
 
 def _check_choices(engines: list[str], device: str) -> None:

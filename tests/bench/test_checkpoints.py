@@ -168,7 +168,7 @@ def test_streams_are_timed_by_their_tokens() -> None:
     [
         (result([2.2]), "wrong: the engine's loss on window 1 is 2.200, the files' is 2.000"),
         (result([math.nan]), "wrong: the engine's loss on window 1 is nan"),
-        (WorkerFailed("killed by SIGKILL (out of memory?)"), "failed: killed by SIGKILL"),
+        (WorkerFailed("killed by SIGKILL (out of memory?)"), "out of memory: killed by SIGKILL"),
     ],
 )
 def test_an_engine_that_serves_something_else_gets_no_speed(
@@ -370,3 +370,13 @@ def test_memory_counts_processes_that_were_started() -> None:
         added = descendants_pss() - before
         child.communicate()
     assert 50 << 20 < added < 80 << 20  # the array, and an interpreter
+
+
+def test_noise_is_what_the_first_engine_is_from_itself() -> None:
+    samples = [served("a", result([2.0], step=step)) for step in (0.5, 0.5)]
+    samples += [served("a", result([2.0], step=0.4)) | {"again": True} for _ in range(2)]
+    rows = serve_rows(samples, [2], seed=0)
+    assert [row["variant"] for row in rows] == ["a in engine", "a in engine (again)"]
+    # 4 tokens a second and 5: samples that do not vary leave an interval without width
+    assert [row["noise_floor"] for row in rows] == [pytest.approx(0.2)] * 2
+    assert notes(rows) == ["noise: decode at batch 2 differs by 20% from itself"]
