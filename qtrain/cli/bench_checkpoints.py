@@ -82,7 +82,8 @@ def checkpoints(
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{option} {path}: there is no folder {path.parent}")
     from qtrain.bench.results import BROKEN
-    from qtrain.checkpoint_bench.run import Options, bench_checkpoints
+    from qtrain.checkpoint_bench.options import Options
+    from qtrain.checkpoint_bench.run import bench_checkpoints
 
     sizes = {
         "limit": limit,

@@ -20,9 +20,12 @@ from qtrain.bench.checkpoint_table import notes, tables
 from qtrain.bench.launch import WorkerFailed
 from qtrain.bench.peers.environments import Peer
 from qtrain.bench.result_files import read_results
-from qtrain.checkpoint_bench import run as bench
+from qtrain.checkpoint_bench import serving
 from qtrain.checkpoint_bench.candidates import find_candidates
 from qtrain.checkpoint_bench.engines import Engine
+from qtrain.checkpoint_bench.options import Options
+from qtrain.checkpoint_bench.run import bench_checkpoints
+from qtrain.checkpoint_bench.task import find_task
 from qtrain.checkpoint_bench.vllm_load import descendants_pss, serve
 from qtrain.checkpoint_bench.workload import Workload
 from qtrain.cli import main
@@ -127,7 +130,7 @@ def served(name: str, outcome: dict[str, Any] | Exception) -> dict[str, Any]:
             raise outcome
         return outcome
 
-    found = bench._one(Engine("engine", None, run), WORK, [2.0], None)
+    found = serving._one(Engine("engine", None, run), WORK, [2.0], None)
     return {"checkpoint": name, "engine": "engine", "again": False, "status": "ok"} | found
 
 
@@ -184,12 +187,12 @@ def test_an_engine_that_serves_something_else_gets_no_speed(
 
 
 def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
-    task = bench.find_task(find_source(str(world / "run")), [], 2, 4)
+    task = find_task(find_source(str(world / "run")), [], 2, 4)
     assert task is not None
     assert len(task.prompts) == 2
     end = task.stop_ids[:1]
     engine = Engine("engine", None, lambda _: result([2.0], [end, []]))
-    assert bench._one(engine, WORK, [2.0], task)["status"] == "wrong: it answers nothing to any prompt"
+    assert serving._one(engine, WORK, [2.0], task)["status"] == "wrong: it answers nothing to any prompt"
     words = task.tokenizer("total 20, growth 400")["input_ids"]
     found = task.score([[*words, *end], words])
     assert [row["passed"] for row in found["rows"]] == [True, False]
@@ -210,9 +213,9 @@ def test_below_the_gate_nothing_is_started(
 
         return [Engine("engine", None, run)]
 
-    monkeypatch.setattr(bench, "engines_of", engines)
-    options = bench.Options(gate="kl=0.0000001", limit=0, rounds=1, rows=2, tokens=32)
-    report = bench.bench_checkpoints(str(world / "run"), options, lambda _: None)
+    monkeypatch.setattr(serving, "engines_of", engines)
+    options = Options(gate="kl=0.0000001", limit=0, rounds=1, rows=2, tokens=32)
+    report = bench_checkpoints(str(world / "run"), options, lambda _: None)
     assert set(started) == {"fp32 merged"}
     rows = {row["variant"]: row for row in report["rows"] if row["op"] == "serve"}
     assert rows["GPTQ 4-bit, group 32 in engine"]["status"].startswith("not run: KL ")
