@@ -1,4 +1,4 @@
-"""Checkpoints in their engines, a process each. Figures count only of an engine that serves what the files hold."""
+"""Checkpoints in their engines, a process each. Only an engine that serves what the files hold gets figures."""
 
 from __future__ import annotations
 
