@@ -15,8 +15,8 @@ def main(source: str, out: str) -> None:
     """Pack with each of them."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-    from gptqmodel.nn_modules.qlinear.gemm_awq import AwqGEMMLinear
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
     from safetensors.torch import load_file, save_file
@@ -37,7 +37,7 @@ def main(source: str, out: str) -> None:
     found |= {f"gptq.{name}": getattr(one, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
 
     if bool((g_idx == torch.arange(q.shape[1]) // sizes["group_size"]).all()):
-        other = AwqGEMMLinear(**sizes, desc_act=False)
+        other = AwqTorchLinear(**sizes, desc_act=False)
         other.pack(linear, scales.float(), zeros.float())
         found |= {f"awq.{name}": getattr(other, name) for name in ("qweight", "qzeros", "scales")}
         signed, offset = (q.to(torch.int8) - 8), (zeros.to(torch.int8) - 8)
