@@ -185,6 +185,7 @@ def time_batch(model: Any, requests: list[list[list[int]]], job: dict[str, Any])
     """
     import torch
 
+    begun = time.perf_counter()
     found: dict[str, Any] = {"batch": len(requests[0]), "prefill_s": [], "steps_s": []}
     for number, batch in enumerate(requests):
         ids = torch.tensor(batch, device=job["device"])  # [B, T]
@@ -192,6 +193,8 @@ def time_batch(model: Any, requests: list[list[list[int]]], job: dict[str, Any])
         if number:
             found["prefill_s"].append(prefill)
             found["steps_s"].append(steps)
+        if number >= job["least"] and time.perf_counter() - begun > job["budget_s"]:
+            break
     return found
 
 

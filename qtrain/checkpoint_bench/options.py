@@ -31,9 +31,10 @@ class Options:
     prompt_tokens: int = 128
     new_tokens: int = 32
     samples: int = 15
+    budget_s: float = 60
     rounds: int = 2
     threads: int = 2
-    timeout_s: float = 900
+    timeout_s: float = 3600
     device: str = "auto"
     seed: int = 0
     cache: Path = CACHE
@@ -56,6 +57,7 @@ class Options:
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
             samples=self.samples,
+            budget_s=self.budget_s,
             threads=self.threads,
             device=self.place,
             timeout_s=self.timeout_s,

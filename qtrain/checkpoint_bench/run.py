@@ -22,7 +22,7 @@ from .options import Options
 from .quality import Judge, Quality
 from .serving import serve
 from .task import Task, find_task
-from .workload import Workload
+from .workload import LEAST, Workload
 
 Say = Callable[[str], None]
 
@@ -135,7 +135,7 @@ def _protocol(
         "clock": "wall",
         "threads": options.threads,
         "rounds": options.rounds,
-        "samples": options.samples,
+        "samples": f"{options.samples}, or as many as {options.budget_s:g} s give, but {LEAST}",
         "warm_up": "one request of each batch size",
         "order": "rounds of one process for each checkpoint and engine, each round in random order",
         "seed": options.seed,

@@ -1,4 +1,4 @@
-"""Checkpoints in their engines, a process each. Only an engine that serves what the files hold gets figures."""
+"""Checkpoints in their engines, a process each. Only one that serves what the files hold gets figures."""
 
 from __future__ import annotations
 

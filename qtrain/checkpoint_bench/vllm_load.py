@@ -22,7 +22,7 @@ from qtrain.bench.launch import WorkerFailed
 from qtrain.export_command.readers import vllm_server
 from qtrain.export_command.vllm_server import NAME, OPENER, Server, ServerFailed
 
-from .workload import ANSWER_BATCH, Workload
+from .workload import ANSWER_BATCH, LEAST, Workload
 
 SAMPLE_SECONDS = 0.25
 TOP = 1
@@ -106,6 +106,7 @@ def _answers(server: Server, work: Workload) -> list[list[int]]:
 
 def _load(server: Server, work: Workload, size: int) -> dict[str, Any]:
     """`samples` times `size` requests at once, behind one time that warms up."""
+    begun = time.perf_counter()
     found: dict[str, Any] = {"batch": size, "streams": []}
     with ThreadPoolExecutor(size) as pool:
         for number, requests in enumerate(work.requests(size)):
@@ -118,6 +119,8 @@ def _load(server: Server, work: Workload, size: int) -> dict[str, Any]:
             )
             if number:
                 found["streams"].append([[its.sent, *its.arrived] for its in streams])
+            if number >= LEAST and time.perf_counter() - begun > work.budget_s:
+                break
     return found
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 ANSWER_BATCH = 16  # answers that are made at once
+LEAST = 3
 GATE_WINDOWS = 2  # on which an engine's perplexity is compared with ours
 
 
@@ -23,7 +24,8 @@ class Workload:
         max_new_tokens: of an answer.
         batches: requests at once, for each of which speed is measured.
         prompt_tokens, new_tokens: of a request for speed; one more token than `new_tokens` is made.
-        samples: requests (of a batch) that are timed, behind one that warms up.
+        samples: requests (of a batch) that are timed, behind one that warms up; fewer, but LEAST, where they
+            have taken `budget_s`.
     """
 
     windows: Sequence[Sequence[int]]
@@ -34,6 +36,7 @@ class Workload:
     prompt_tokens: int
     new_tokens: int
     samples: int
+    budget_s: float
     threads: int
     device: str
     timeout_s: float
@@ -67,6 +70,8 @@ class Workload:
             "answer_batch": ANSWER_BATCH,
             "requests": [self.requests(batch) for batch in self.batches],
             "new_tokens": self.new_tokens,
+            "least": LEAST,
+            "budget_s": self.budget_s,
             "threads": self.threads,
             "device": self.device,
         }

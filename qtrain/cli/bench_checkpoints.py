@@ -53,13 +53,16 @@ def checkpoints(
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a request for speed [128].")] = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Made behind its first [32].")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Timed requests of a process [15].")] = None,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds of a process for the requests of one batch size.")
+    ] = 60,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Processes of each checkpoint and engine [2].")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of an engine on the CPU.")] = min(
         os.cpu_count() or 1, 8
     ),
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one process may take.")] = 900,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one process may take.")] = 3600,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the requests and the order.")] = 0,
     quick: Annotated[
@@ -104,6 +107,7 @@ def checkpoints(
         batch=batch,
         threads=threads,
         timeout_s=timeout,
+        budget_s=budget,
         device=device,
         seed=seed,
         cache=cache,

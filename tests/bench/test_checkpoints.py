@@ -119,7 +119,7 @@ def result(nll: list[float], answers: list[list[int]] | None = None, step: float
     }
 
 
-WORK = Workload([[1, 2, 3]], [], [], 0, (2,), 8, 2, 1, 1, "cpu", 60, 0)
+WORK = Workload([[1, 2, 3]], [], [], 0, (2,), 8, 2, 1, 60, 1, "cpu", 60, 0)
 
 
 def served(name: str, outcome: dict[str, Any] | Exception) -> dict[str, Any]:
@@ -350,13 +350,18 @@ def test_vllm_is_a_process_under_load(fake_vllm: Path) -> None:
     assert descendants_pss() <= before + (1 << 20)  # it has ended
 
 
+def test_a_slow_engine_is_asked_less_often(fake_vllm: Path) -> None:
+    work = replace(WORK, batches=(1,), samples=9, budget_s=0)
+    assert len(serve(Path("folder"), work, fake_vllm)["speed"][0]["streams"]) == 3
+
+
 def test_what_vllm_says_when_it_refuses(fake_vllm: Path) -> None:
     with pytest.raises(WorkerFailed, match=r"^vLLM refused: ValueError: three is too many$"):
         serve(Path("folder"), replace(WORK, batches=(1, 3)), fake_vllm)
 
 
 def test_the_requests_are_the_same_for_every_engine_and_never_twice() -> None:
-    work = Workload([list(range(100))], [], [], 0, (1, 4), 8, 2, 3, 1, "cpu", 60, 0)
+    work = Workload([list(range(100))], [], [], 0, (1, 4), 8, 2, 3, 60, 1, "cpu", 60, 0)
     drawn = [tuple(ids) for size in work.batches for one in work.requests(size) for ids in one]
     assert len(set(drawn)) == len(drawn) == 4 * 1 + 4 * 4
     assert work.as_job()["requests"] == [work.requests(1), work.requests(4)]
