@@ -41,6 +41,8 @@ def each(model: type[Model], rows: Any, name: str = "rows") -> Iterator[Model]:
     Raises:
         BadRow: the first that is not such a row.
     """
+    if not isinstance(rows, list):
+        raise BadRow(name, TypeError(f"a list is needed, not {type(rows).__name__}"))
     for number, row in enumerate(rows):
         try:
             yield model.model_validate(row)
@@ -51,11 +53,12 @@ def each(model: type[Model], rows: Any, name: str = "rows") -> Iterator[Model]:
 class BadRow(ValueError):
     """The row's place and what is wrong with it."""
 
-    def __init__(self, place: str, error: ValueError) -> None:
-        super().__init__(f"{place}: {_first_problem(error)}")
+    def __init__(self, place: str, error: ValueError | TypeError) -> None:
+        super().__init__(f"{place}: {first_problem(error)}")
 
 
-def _first_problem(error: ValueError) -> str:
+def first_problem(error: ValueError | TypeError) -> str:
+    """Place and complaint of what pydantic found, or what another check said."""
     problems = getattr(error, "errors", None)
     if problems is None:
         return str(error)

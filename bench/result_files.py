@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from .result_about import Protocol, Provenance
+from .result_checks import Model, first_problem
 from .result_long import long_rows
 from .result_readers import READERS
 from .results import Results, ResultsError, Row
@@ -30,16 +34,25 @@ def read_results(path: Path) -> Results:
         )
     if not isinstance(report.get(_ROWS.get(kind, "rows")), list):
         raise ResultsError(f"{path}: no list {_ROWS.get(kind, 'rows')!r}, as results of kind {kind!r} have")
-    about = report if kind == "ops" else report.get("provenance") or {}
-    protocol = report.get("protocol") or {}
-    if not isinstance(about, dict) or not isinstance(protocol, dict):
-        raise ResultsError(f"{path}: 'provenance' and 'protocol' have to be objects")
+    about = checked(
+        Provenance, report if kind == "ops" else report.get("provenance") or {}, path, "provenance"
+    )
+    protocol = checked(Protocol, report.get("protocol") or {}, path, "protocol")
     rows = _rows(path, READERS.get(kind, long_rows), report)
-    kept = {name: about[name] for name in _PROVENANCE if name in about}
-    return Results(path, kind, rows, _setting(kind, report, kept, protocol), kept, protocol)
+    setting = _setting(kind, report, about, protocol)
+    return Results(path, kind, rows, setting, about.model_dump(), protocol.model_dump(exclude_unset=True))
 
 
-_PROVENANCE = ("time", "command", "source", "versions", "machine")
+def checked(model: type[Model], given: Any, path: Path, name: str) -> Model:
+    """Of such a form.
+
+    Raises:
+        ResultsError: it is not.
+    """
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise ResultsError(f"{path}: {name}: {first_problem(error)}") from None
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -86,26 +99,23 @@ def _rows(
     return rows
 
 
-def _setting(
-    kind: str, report: Mapping[str, Any], about: Mapping[str, Any], protocol: Mapping[str, Any]
-) -> dict[str, str]:
+def _setting(kind: str, report: Mapping[str, Any], about: Provenance, protocol: Protocol) -> dict[str, str]:
     """What decides how fast anything is, in words."""
-    machine = _mapping(about.get("machine"))
-    gpus = machine.get("gpus") or []
-    names = [_gpu(gpu) for gpu in gpus if isinstance(gpu, dict)]
+    machine = about.machine
+    threads = [one for one in (protocol.threads, report.get("threads"), machine.threads) if one is not None]
     found: dict[str, Any] = {
-        "device": protocol.get("device"),
-        "CPU": machine.get("cpu"),
-        "CPU features": " ".join(map(str, machine.get("cpu_features") or [])),
-        "GPU": ", ".join(names) or "none",
-        "threads": protocol.get("threads", report.get("threads", machine.get("threads"))),
-        "clock": protocol.get("clock"),
-        "caches": {True: "cold", False: "hot"}.get(protocol.get("cold", "")),
+        "device": protocol.device,
+        "CPU": machine.cpu,
+        "CPU features": " ".join(machine.cpu_features),
+        "GPU": ", ".join(_gpu(gpu) for gpu in machine.gpus) or "none",
+        "threads": threads[0] if threads else None,
+        "clock": protocol.clock,
+        "caches": None if protocol.cold is None else "cold" if protocol.cold else "hot",
     }
     setting = {name: str(value) for name, value in found.items() if value not in (None, "")}
     if kind == "cards":  # compiled for the GPUs named in the rows, whatever machine that was done on
         setting = {}
-    for name, value in (_mapping(report.get("workload")) | _mapping(protocol.get("setting"))).items():
+    for name, value in (_mapping(report.get("workload")) | protocol.setting).items():
         if name != "seed":
             setting[str(name)] = str(value)
     return setting

@@ -37,7 +37,7 @@ class LongRow(BaseModel):
     variant: str
     phase: str = Field(default="", alias="pass")
     dtype: str = ""
-    shape: dict[str, Any] = Field(default_factory=dict)
+    shape: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     status: str = OK
     figures: dict[str, Annotated[LongFigure, BeforeValidator(_number_or_figure)]] | None = None
     noise_floor: AtLeastZero | None = None

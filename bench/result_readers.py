@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .result_checks import AtLeastZero, Checked, Positive, Samples, each, figure, make_row
 from .results import MEMORY, OK, TIME, Figure, Row
@@ -51,6 +51,12 @@ class KernelRow(Checked):
     roofline_s: Positive | None = None
     roofline_share: AtLeastZero | None = None
     errors: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _timed(self) -> KernelRow:
+        if self.status == OK and self.samples_s is None:
+            raise ValueError("samples_s: a row whose status is ok has samples")
+        return self
 
 
 class Cost(Checked):

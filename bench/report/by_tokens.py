@@ -67,7 +67,7 @@ def growths(rows: Sequence[Row], what: What, counts: int) -> list[Growth]:
 
 def tokens(row: Row) -> int:
     """The count of tokens in the row's shape; 0 where it has none."""
-    return next((int(v) for name, v in row.shape if name in TOKENS and isinstance(v, int)), 0)
+    return next((int(v) for name, v in row.shape if name in TOKENS and isinstance(v, int) and v > 0), 0)
 
 
 def _cases(rows: Sequence[Row], what: What, counts: int) -> Iterator[list[Row]]:

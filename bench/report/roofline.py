@@ -147,7 +147,7 @@ def _timed(results: Results) -> Roofline | None:
     rows = [row for row in results.rows if row.roofline_share and TIME in row.figures and row.flops]
     if not isinstance(given, dict) or not rows:
         return None
-    rates = Rates(**{name: given[name] for name in ("card", "half", "single", "memory")})
+    rates = Rates(**given)
     series = [_timed_point(row) for row in rows]
     x, y = _axes(series, rates)
     mine = sorted(row.roofline_share or 0 for row in rows if is_ours(row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from qtrain.bench.report.page import render
+from qtrain.bench.report.source import Source
 from qtrain.bench.result_files import read_results
+from qtrain.bench.results import ResultsError
 from qtrain.cli import app
 from tests.bench import result_samples as samples
 
@@ -230,7 +234,7 @@ def without(report: Json, *places: str) -> Json:
         ('{"kind": "kernels", "rows": [{"op": "x"}]}', "rows[0]: model: Field required"),
         (
             '{"kind": "kernels", "rows": [], "provenance": 3}',
-            "have to be objects",
+            "provenance: Input should be a valid dictionary",
         ),
         (
             '{"kind": "new", "rows": [{"op": "x", "variant": "y", "figures": {"KL": {}}}]}',
@@ -250,6 +254,32 @@ def test_what_is_no_result_is_one_line(text: str, said: str, tmp_path: Path) -> 
     assert result.exit_code == 2
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Of everything inside."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in inside for place in ((*before, key), *places(inner, (*before, key)))]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, samples.cards, samples.kernels_on_a_gpu])
+def test_a_damaged_file_is_read_or_refused(kind: Callable[[], Json], tmp_path: Path) -> None:
+    """One value replaced by something else, anywhere: a result, or one line that says what is wrong."""
+    draw = random.Random(0)
+    report = kind()
+    for place in draw.sample(places(report), 40):
+        damaged = copy.deepcopy(report)
+        inner = damaged
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = draw.choice([None, "x", -1, [], {}, True, 1e300])
+        path = samples.save(damaged, tmp_path / "damaged.json")
+        refused = ""
+        try:
+            render(Source((read_results(path),)))
+        except ResultsError as error:
+            refused = str(error)
+        assert "\n" not in refused, place
 
 
 def test_files_that_do_not_open(tmp_path: Path) -> None:
