@@ -73,7 +73,8 @@ def _windows(source: Source, options: Options) -> Windows:
     )
     usable = [window for window in windows.ids if len(window) > 1]
     if not usable:
-        raise UserError(f"no rows to measure on: {windows.missing or 'they are too short'}; give --data FILE")
+        why = windows.missing or "they are too short"
+        raise UserError(f"no rows to measure on: {why}" + ("" if "--data" in why else "; give --data FILE"))
     return Windows(usable, windows.files, windows.held_out)
 
 

@@ -380,6 +380,12 @@ def test_memory_counts_processes_that_were_started() -> None:
     assert 50 << 20 < added < 80 << 20  # the array, and an interpreter
 
 
+def test_a_model_alone_has_no_rows(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(world / "base") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.endswith("is no run and has no rows; name a file with --data")
+
+
 def test_noise_is_what_the_first_engine_is_from_itself() -> None:
     samples = [served("a", result([2.0], step=step)) for step in (0.5, 0.5)]
     samples += [served("a", result([2.0], step=0.4)) | {"again": True} for _ in range(2)]
