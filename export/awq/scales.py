@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-STEPS = 30
+ALPHAS = (0.25, 0.5, 0.75)
+STEPS = 20
 RATE = 0.1  # of log t in the first step, falling to zero
 MOMENTUM = 0.9
-ROWS = 4096  # rows of a weight that are looked at, evenly spaced: a range is a property of many rows
+ROWS = 16  # of a weight that are looked at for each column of a group, evenly spaced
 BLOCK = 2**22  # weights scaled at once
 
 
@@ -138,9 +138,9 @@ class _Rows:
     @classmethod
     def of(cls, part: Part, cost: Tensor) -> _Rows:
         """A part's evenly spaced rows, transposed."""
-        every = -(-part.weight.shape[0] // ROWS)
         columns = torch.argsort(part.groups, stable=True)
-        columns = columns.view(int(part.groups.max()) + 1, -1)
+        columns = columns.view(int(part.groups.max()) + 1, -1)  # [G, L]
+        every = -(-part.weight.shape[0] // (ROWS * columns.shape[1]))
         weight = part.weight[::every].to(torch.float32).t()[columns]  # [G, L, N / every]
         weight = weight.abs_() if part.symmetric else weight
         return cls(weight, columns, cost * (every / part.steps**2), part.symmetric)
