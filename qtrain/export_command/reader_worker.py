@@ -63,9 +63,9 @@ def _load(reader: str, folder: str, dtype: str) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
-    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel import GPTQModel
 
-    options = {} if dtype == "auto" else {"dtype": wanted, "backend": BACKEND.TORCH}
+    options = {} if dtype == "auto" else {"dtype": wanted}
     return GPTQModel.load(folder, device="cpu", **options).model
 
 

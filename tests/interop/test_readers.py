@@ -39,9 +39,11 @@ WINDOWS = torch.randint(0, 320, (4, 48), generator=torch.Generator().manual_seed
 PROMPTS = [window[:16] for window in WINDOWS]
 NEW = 24
 
-# The largest difference of a log-prob (spread by 1.3 over the vocabulary) that a reader's arithmetic leaves
-TOLERANCE = {("transformers", "float32"): 0.02, ("gptqmodel", "float32"): 0.02, ("vllm", "auto"): 0.1}
-DTYPE = {"transformers": "float32", "gptqmodel": "float32", "vllm": "auto"}
+# In which dtype a reader computes; GPTQModel's kernels know no float32, and auto is bfloat16 on CPUs.
+DTYPE = {"transformers": "float32", "gptqmodel": "float16", "vllm": "auto"}
+# The largest difference of a log-prob (spread by 1.3 in the vocabulary) that its arithmetic leaves: 3 times
+# what was seen. GPTQModel's kernels multiply in 16 bits inside of transformers' float32 models too.
+TOLERANCE = {"transformers": 0.015, "gptqmodel": 0.05, "vllm": 0.1}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def refusal(reader: str, case: Case) -> str | None:
         return "desc_act"
     if reader == "vllm" and case.format == "gptq" and not case.scheme.symmetric:
         return "sym"
+    if reader == "gptqmodel" and case.format == "gptq" and not case.scheme.symmetric:
+        return "sym=False"  # of other programs; transformers, with its kernels, does read it
     if reader == "transformers" and case.format == "compressed-tensors" and not case.scheme.symmetric:
         return "ignore_mismatched_sizes"  # of weight_zero_point, says the report above it
     return None
@@ -103,7 +107,7 @@ def test_others_read_what_we_wrote(case: Case, reader: str, made: Callable[[Case
     reading = read_with(reader, folder.folder, WINDOWS, PROMPTS, new_tokens=NEW, dtype=dtype, threads=1)
     found = compare(reading, WINDOWS, folder.logits)
     record(case, reader, reading=reading, found=found)
-    tolerance = TOLERANCE[reader, dtype]
+    tolerance = TOLERANCE[reader]
     assert found.positions == 4 * 47
     assert found.difference < tolerance
     assert found.greedy_tokens == 4 * NEW
