@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from qtrain.bench.workers.quantizing import Job
 from qtrain.export.formats.scheme import Scheme
 from tests.export.folders import save_model
 
+DOCS = Path(__file__).parents[2] / "docs"
 LENGTH = 32
 
 
@@ -274,3 +276,27 @@ def test_the_whole_of_it_with_a_tiny_model(
     assert report["text"]["held_out_sha256"] == cut.as_dict()["held_out_sha256"]
     assert set(report["provenance"]) >= {"command", "source", "versions", "machine"}
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a scored checkpoint goes
+
+
+def _figures(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text))
+
+
+def test_the_documents_figures_are_in_the_json() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from qtrain.bench.quantizers_command import show
+
+    path = DOCS / "benchmarks" / "quantizers.json"
+    report = json.loads(path.read_text())
+    text = (DOCS / "benchmarks.md").read_text()
+    section = text[text.index("## 4-bit exports") :].split("\n## ")[0]
+    again = show(report["rows"], report["comparisons"], Console(file=StringIO(), width=200))
+    for line in again.splitlines():
+        assert line in section, line
+    known = _figures(again) | {str(report["protocol"]["threads"])}
+    assert _figures(section) <= known | _figures(json.dumps(report["text"])) | _figures(
+        json.dumps(report["rows"])
+    )
