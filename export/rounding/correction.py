@@ -45,7 +45,9 @@ def corrected_weight(weight: Tensor, missing: Tensor, curvature: Curvature, stre
     columns = curvature.columns
     for rows in _slices(weight):
         right = missing[rows].t()[columns]  # [K, n] in places
-        shift = torch.cholesky_solve(right, curvature.factor, upper=True)
+        # cholesky_solve would copy the factor, which is the largest thing in memory
+        half = torch.linalg.solve_triangular(curvature.factor.t(), right, upper=False)
+        shift = torch.linalg.solve_triangular(curvature.factor, half, upper=True)
         missing[rows] = weight[rows]
         missing[rows].t().index_add_(0, columns, shift, alpha=strength)
     return missing
