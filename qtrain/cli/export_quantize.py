@@ -128,7 +128,7 @@ def gptq(
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Without or with zero points.")] = True,
     format: Annotated[str, typer.Option(help="gptq or compressed-tensors.")] = "gptq",
     rounding: Rounding = "gptq",
-    scaling: Scaling = "none",
+    scaling: Scaling = "awq",
     clip: Clip = False,
     calib: Calib = 128,
     calib_length: CalibLength = 512,

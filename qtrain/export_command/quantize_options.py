@@ -46,7 +46,7 @@ class QuantizeOptions:
     container: str = "gptq"
     rounding: str = "gptq"
     act_order: str = "static"
-    scaling: str = "none"
+    scaling: str = "awq"
     clip: bool = False
     correction: float = 0.5
     damp: float = 0.01

@@ -25,6 +25,7 @@ from tests.qtrain.tiny import tiny_tokenizer, write_rows
 ROOT = Path(__file__).parents[3]
 # The relative error of a normal weight in groups of 32 to the nearest is 0.09 in 4 bits and 0.006 in 8;
 # feedback on as few tokens as here, one or two for each input, goes further from the weight.
+SCALES = {"gptq": ("--scaling", "none"), "awq": ()}  # with scales folded in, weights are others
 NEAR = {4: 0.3, 8: 0.02}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_on_its_own_rows(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(world / "run", tmp_path / "run")
-    code, text, errors = export(capsys, "gptq", run, *SMALL)
+    code, text, errors = export(capsys, "gptq", run, *SMALL, *SCALES["gptq"])
     assert code == 0, errors
     assert "layer 2/2: q_proj " in text
     place = run / "export" / "gptq"
@@ -94,7 +95,9 @@ def test_every_container_is_read_back_as_it_was_meant(
     out = tmp_path / "out"
     words = (algorithm, world / "base", *SMALL, "--calib-data", world / "train.jsonl", "--out", out)
     # a correction moves the weights themselves, by what earlier layers lost
-    code, text, errors = export(capsys, *words, "--format", container, "--correction", 0, *more)
+    code, text, errors = export(
+        capsys, *words, "--format", container, "--correction", 0, *more, *SCALES[algorithm]
+    )
     assert code == 0, errors
     found = QuantizedCheckpoint.open(out)
     assert found.container == container
