@@ -49,7 +49,10 @@ class GramSum:
             moved, x = (moved, x) if exact else (moved.to(torch.bfloat16), x.to(torch.bfloat16))
             for first in range(0, width, step):
                 rows = slice(first, min(first + step, width))
-                self.drift[rows] += moved[:, rows].t() @ x
+                if exact:
+                    self.drift[rows].addmm_(moved[:, rows].t(), x)
+                else:
+                    self.drift[rows] += moved[:, rows].t() @ x
         self.tokens += x.shape[0]
 
     def take_drift(self) -> Tensor:
