@@ -119,6 +119,14 @@ class Adapter:
             check_finite(f"{module}.lora_{part}", tensor, self.folder / WEIGHTS)
         return LoraDelta(parts[0], parts[1], self.scaling(module))
 
+    def output(self, module: str, inputs: Tensor) -> Tensor | None:
+        """scaling B A x in float32, what a module's output gains; None where the module has no adapter."""
+        if module not in self.shapes:
+            return None
+        delta = self.delta(module)
+        a, b = (part.to(inputs.device, torch.float32) for part in (delta.a, delta.b))
+        return (inputs @ a.t() @ b.t()) * delta.scaling
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of its two files."""
         return {name: sha256(self.folder / name) for name in (CONFIG, WEIGHTS)}

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .agreement import Agreement, agreement
 from .checkpoint import Checkpoint
-from .lora import Adapter
 from .merged_weights import BaseWeights, MergedWeights
 from .nf4_base import NF4Settings
 from .streamed_model import Fetch, StreamedModel
@@ -48,7 +46,7 @@ def merge_report(
     say(f"adapter on, over the {'stored' if trained_on is None else 'NF4'} base")
     trained = MergedWeights(checkpoint, None, base=others[-1], nf4=trained_on, dtype=compute_dtype)
     p = StreamedModel(
-        checkpoint.folder, _fetch(trained), extra=None if adapter is None else _lora(adapter), device=device
+        checkpoint.folder, trained.fetch, extra=None if adapter is None else adapter.output, device=device
     )
     p_states = p.hidden_states(windows)
     found: dict[str, Any] = {}
@@ -57,9 +55,7 @@ def merge_report(
         if base == weights.base:
             fetch: Fetch = Checkpoint.open(written).mapped
         else:
-            fetch = _fetch(
-                MergedWeights(checkpoint, adapter, base=base, nf4=weights.nf4, dtype=weights.dtype)
-            )
+            fetch = MergedWeights(checkpoint, adapter, base=base, nf4=weights.nf4, dtype=weights.dtype).fetch
         q = StreamedModel(checkpoint.folder, fetch, device=device)
         result: Agreement = agreement(windows, (p_states, p.logits), (q.hidden_states(windows), q.logits))
         found[base] = result.as_dict() | {"written": base == weights.base}
@@ -70,21 +66,3 @@ def merge_report(
         "tokens": sum(map(len, windows)),
         "bases": found,
     }
-
-
-def _fetch(weights: MergedWeights) -> Fetch:
-    def fetch(name: str) -> Tensor:
-        return weights.weight(name) if weights.changes(name) else weights.checkpoint.mapped(name)
-
-    return fetch
-
-
-def _lora(adapter: Adapter) -> Callable[[str, Tensor], Tensor | None]:
-    def extra(module: str, inputs: Tensor) -> Tensor | None:
-        if module not in adapter.shapes:
-            return None
-        delta = adapter.delta(module)
-        a, b = (part.to(inputs.device, torch.float32) for part in (delta.a, delta.b))
-        return (inputs @ a.t() @ b.t()) * delta.scaling
-
-    return extra

@@ -132,6 +132,10 @@ class MergedWeights:
             done += block.numel()
         return out
 
+    def fetch(self, name: str) -> Tensor:
+        """A tensor for computing with: one that merging leaves alone is mapped, not read."""
+        return self.weight(name) if self.changes(name) else self.checkpoint.mapped(name)
+
     def _check_range(self, name: str, block: Tensor) -> None:
         if block.is_floating_point() and not all_finite(block):
             raise ExportError(

@@ -159,7 +159,7 @@ def measure(
     quantized = QuantizedCheckpoint.open(folder)
     quantized.check_complete()
     say("the reference")
-    p = StreamedModel(reference.folder, remembering(fetch_of(reference), HEAD), device=device)
+    p = StreamedModel(reference.folder, remembering(reference.fetch, HEAD), device=device)
     p_states = p.hidden_states(windows)
     say("the quantised files")
     q = StreamedModel(folder, remembering(quantized.weight, HEAD), device=device)
@@ -184,15 +184,6 @@ def check_gate(verdict: Verdict, place: Path) -> None:
             f"{place} is below the gate: {'; '.join(verdict.failures)}; more calibration (--calib), "
             "more bits or smaller groups bring it closer, --gate changes the bounds"
         )
-
-
-def fetch_of(weights: MergedWeights) -> Fetch:
-    """Merged weights by name; those that merging leaves alone are mapped, not read."""
-
-    def fetch(name: str) -> Tensor:
-        return weights.weight(name) if weights.changes(name) else weights.checkpoint.mapped(name)
-
-    return fetch
 
 
 def remembering(fetch: Fetch, name: str) -> Fetch:

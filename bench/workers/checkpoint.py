@@ -5,7 +5,6 @@ Run in the environment that can read the checkpoint, which need not hold this pr
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..measure import PeakMemory, memory_field, release_free_memory
+from .installed import versions
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "compressed-tensors")
 
@@ -47,7 +47,7 @@ def main() -> None:
         "load_s": load_s,
         "load_peak_bytes": load_peak,
         "facts": facts,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
     partial = Path(job["output"]).with_suffix(".partial")
     partial.write_text(json.dumps(result))
@@ -217,17 +217,6 @@ def _now(device: str) -> float:
 
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def versions() -> dict[str, str]:
-    """Of what this environment has."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

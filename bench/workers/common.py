@@ -9,12 +9,12 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..measure import Cost, PeakMemory
 from ..workload import Workload, load_rows
+from .installed import versions
 
 PACKAGES = (
     "torch",
@@ -87,7 +87,7 @@ class Recorder:
             "peak_bytes": self.memory.peak(),
             "memory_method": self.memory.method,
             "settings": settings,
-            "versions": versions(),
+            "versions": versions(PACKAGES),
         }
         partial = self.job.output.with_suffix(".partial")
         partial.write_text(json.dumps(result))
@@ -112,17 +112,6 @@ def step_callback(recorder: Recorder) -> Any:
                 recorder.logs.append({name: float(value) for name, value in logs.items()})
 
     return StepTimer()
-
-
-def versions() -> dict[str, str]:
-    """Of python and of the packages that this environment has."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def torch_dtype(name: str) -> Any:

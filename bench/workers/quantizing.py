@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..measure import Cost, PeakMemory, Stopwatch
+from .installed import versions
 
 PACKAGES = (
     "torch",
@@ -91,7 +91,7 @@ def measured(job: Job, settings: dict[str, Any]) -> Iterator[None]:
         "peak_bytes": memory.peak(),
         "memory_method": memory.method,
         "settings": settings,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
     partial = job.output.with_suffix(".partial")
     partial.write_text(json.dumps(result))
@@ -101,14 +101,3 @@ def measured(job: Job, settings: dict[str, Any]) -> Iterator[None]:
 def _children_s() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def versions() -> dict[str, str]:
-    """Of python and of the packages that this environment has."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

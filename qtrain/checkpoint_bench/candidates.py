@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from qtrain.errors import UserError
 from qtrain.export.checkpoint import Checkpoint
@@ -19,7 +18,7 @@ from qtrain.export.merged_weights import MergedWeights
 from qtrain.export.nf4_base import NF4Settings
 from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
 from qtrain.export.streamed_model import StreamedModel
-from qtrain.export.verify import fetch_of, remembering
+from qtrain.export.verify import remembering
 from qtrain.export_command.merge import merged_weights
 from qtrain.export_command.source import Source
 
@@ -72,8 +71,8 @@ class Candidate:
             return StreamedModel(self.folder, checkpoint.mapped)
         nf4 = self.nf4 or NF4Settings()
         base = MergedWeights(checkpoint, None, base="dequantized", nf4=nf4, dtype=nf4.compute_dtype)
-        extra = None if self.adapter is None else _adapter_on(Adapter.open(self.adapter))
-        return StreamedModel(self.folder, fetch_of(base), extra=extra)
+        extra = None if self.adapter is None else Adapter.open(self.adapter).output
+        return StreamedModel(self.folder, base.fetch, extra=extra)
 
 
 def find_candidates(source: Source, folders: Sequence[Path]) -> list[Candidate]:
@@ -106,7 +105,7 @@ def reference_model(source: Source, candidate: Candidate) -> StreamedModel:
     """The 16-bit weights: read from their files, or merged on the way where they have not been written."""
     if candidate.folder is not None:
         return candidate.model()
-    return StreamedModel(source.base, fetch_of(merged_weights(source, "original", "stored")))
+    return StreamedModel(source.base, merged_weights(source, "original", "stored").fetch)
 
 
 def _reference(source: Source) -> Candidate:
@@ -205,16 +204,3 @@ def _apart(found: Sequence[Candidate]) -> list[Candidate]:
             candidate = replace(candidate, name=name if seen[name] == 1 else f"{name} {seen[name]}")
         named.append(candidate)
     return named
-
-
-def _adapter_on(adapter: Adapter) -> Callable[[str, Tensor], Tensor | None]:
-    """scaling B A x beside a base's linear layers, in float32."""
-
-    def extra(module: str, inputs: Tensor) -> Tensor | None:
-        if module not in adapter.shapes:
-            return None
-        delta = adapter.delta(module)
-        a, b = (part.to(inputs.device, torch.float32) for part in (delta.a, delta.b))
-        return (inputs @ a.t() @ b.t()) * delta.scaling
-
-    return extra

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qtrain.cli import main
 from qtrain.runs.manifest import base_hashes
@@ -36,6 +40,15 @@ def make_world(folder: Path) -> Path:
         )
     )
     return folder
+
+
+def damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of the world's base whose tensors `change` has changed."""
+    base = shutil.copytree(world / "base", place)
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
 
 
 def export(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qtrain.cli import main
 from qtrain.runs.atomic import write_checksums
 from qtrain.runs.manifest import base_hashes
 from qtrain.runs.rundir import RunDir
 from tests.export.folders import files_of
+from tests.qtrain.export_command.exports import damaged_base
 from tests.qtrain.tiny import save_tiny_base, save_tiny_run, write_rows
 from tests.small_disk import small_disk
 
@@ -236,19 +237,11 @@ def test_an_adapter_for_another_base_by_shape(
     assert "is for another base: model.layers.0.self_attn.q_proj is 64 x 64 there and 32 x 32 in" in line
 
 
-def _damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    base = shutil.copytree(world / "base", place)
-    tensors = load_file(base / "model.safetensors")
-    change(tensors)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    return base
-
-
 def test_nan_weights(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
 
-    base = _damaged_base(world, tmp_path / "base", change)
+    base = damaged_base(world, tmp_path / "base", change)
     line = _refused(capsys, base, "--adapter", world / "plain" / "adapter", "--out", tmp_path / "out")
     assert (
         "model.safetensors: model.layers.1.mlp.up_proj.weight holds 1 NaN and 0 infinite values of 8192"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.qtrain.export_command.exports import SMALL, export, make_world, manifest_of, refused
+from tests.qtrain.export_command.exports import SMALL, damaged_base, export, make_world, manifest_of, refused
 from tests.qtrain.tiny import save_tiny_base
 from tests.small_disk import small_disk
 
@@ -24,19 +22,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def _damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    base = shutil.copytree(world / "base", place)
-    tensors = load_file(base / "model.safetensors")
-    change(tensors)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    return base
-
-
 def test_nan_weights(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
 
-    base = _damaged_base(world, tmp_path / "base", change)
+    base = damaged_base(world, tmp_path / "base", change)
     words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
     line = refused(capsys, "gptq", *words)
     assert "model.layers.1.mlp.up_proj.weight holds 1 NaN and 0 infinite values" in line
@@ -50,7 +40,7 @@ def test_values_beyond_float16_are_stored_in_bfloat16(
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] = 1e5
 
-    base = _damaged_base(world, tmp_path / "base", change)
+    base = damaged_base(world, tmp_path / "base", change)
     words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out", "--gate", "off")
     code, text, errors = export(capsys, "gptq", *words)
     assert code == 0, errors
