@@ -200,11 +200,15 @@ def time_batch(model: Any, requests: list[list[list[int]]], job: dict[str, Any])
 
 def _one_request(model: Any, ids: Any, new_tokens: int, device: str) -> tuple[float, list[float]]:
     """Seconds until the first token, and of each of the `new_tokens` after it."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    fields = CausalLMOutputWithPast.__dataclass_fields__
+    name = "cache" if "cache" in fields else "past_key_values"  # until transformers 5.23
     times = [_now(device)]
     cache = None
     for _ in range(new_tokens + 1):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache = out[name]
         ids = out.logits[:, -1].max(dim=-1).indices.unsqueeze(1)  # [B, 1]
         times.append(_now(device))
     seconds = [after - before for before, after in itertools.pairwise(times)]

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# what a model calls its keys and values: `past_key_values` until transformers 5.23
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
 BATCH_TOKENS = 2**15  # prompts and answers of a batch: what its KV cache and its first forward have to hold
 
 Pick = Callable[[Tensor], Tensor]  # logits [B, V] -> tokens [B]
@@ -106,9 +109,9 @@ def decode_steps(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
         tokens = pick(output.logits[:, -1])  # [B]
         step = list(zip(alive, tokens.tolist(), strict=True))
