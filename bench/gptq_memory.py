@@ -37,7 +37,7 @@ class Export:
         windows, length: of calibration: random tokens.
         bits, group_size: of the scheme.
         settings: of StageSettings, other than the defaults.
-        dtype: of the forward, as torch calls it.
+        dtype: of the forward, as torch calls it; auto is the command line's choice.
     """
 
     windows: int = 16
@@ -45,7 +45,7 @@ class Export:
     bits: int = 4
     group_size: int = 128
     settings: dict[str, Any] | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
 
 
 def export_once(base: Path, out: Path, export: Export) -> dict[str, Any]:
@@ -57,13 +57,14 @@ def export_once(base: Path, out: Path, export: Export) -> dict[str, Any]:
     from qtrain.export.formats import gptq
     from qtrain.export.formats.scheme import Scheme
     from qtrain.export.journal import Journal
-    from qtrain.export.layerwise import Compute, Step, quantize_layers
+    from qtrain.export.layerwise import Compute, Step, native_dtype, quantize_layers
     from qtrain.export.merged_weights import MergedWeights
     from qtrain.export.quantize_stage import StageSettings
     from qtrain.export.structure import find_structure
 
     structure = find_structure(base)
     vocabulary = structure.model.config.vocab_size
+    cpu = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, vocabulary, (export.windows, export.length), generator=generator)
     peaks: dict[str, float] = {}
@@ -81,7 +82,7 @@ def export_once(base: Path, out: Path, export: Export) -> dict[str, Any]:
             StageSettings(**(export.settings or {})),
             gptq.pack,
             Journal(out, {}),
-            Compute(torch.device("cpu"), getattr(torch, export.dtype)),
+            Compute(cpu, native_dtype(cpu) if export.dtype == "auto" else getattr(torch, export.dtype)),
             note,
         )
     memory.close()
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--dtype", default="float32", help="of the forward: float32 or bfloat16")
+    parser.add_argument("--dtype", default="auto", help="of the forward: auto, float32, bfloat16")
     parser.add_argument("--settings", type=json.loads, default={}, help="of StageSettings, as JSON")
     parser.add_argument("--shape", type=json.loads, default={}, help="other sizes than Qwen2.5-7B's, as JSON")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary one)")

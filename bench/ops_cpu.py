@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from qtrain.kernels.cpu_matmul import multiplies_bf16
+
 from .measure import PeakMemory, Stopwatch
 from .ops_cpu_cases import WIDTHS, Case, logprob_case, lora_cases
 from .provenance import provenance
@@ -135,7 +137,7 @@ def _cells(row: Row) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked to."""
     parser = argparse.ArgumentParser(prog="python -m qtrain.bench.ops_cpu", description=__doc__)
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    native = multiplies_bf16()
     parser.add_argument("--ops", nargs="+", choices=["lora_linear", "linear_logprob"], default=None)
     parser.add_argument("--models", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048])

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtrain.kernels.cpu_matmul import multiplies_bf16
+
 from .checkpoint import EMBEDDING
 from .chunks import Chunks
 from .formats.quantized import QuantizedLinear
@@ -74,7 +76,7 @@ class Compute:
 
     device: torch.device
     dtype: torch.dtype = torch.float32
-    activation_bytes: int = 2**30
+    activation_bytes: int = 2**29
     states_bytes: int = 2**29
 
     def windows_at_once(self, structure: Structure, length: int) -> int:
@@ -91,11 +93,23 @@ class Compute:
         )
 
 
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where its products are faster: enough to calibrate by (docs/lab-log.md), in half the memory."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = multiplies_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
 def bytes_per_token(structure: Structure, dtype: torch.dtype) -> int:
     """What a layer's forward and the sums over its inputs hold for each token, at most, about."""
     widths = [(linear.in_features, linear.out_features) for linear in _first_linears(structure)]
     widest_in, widest_out = (max(sizes) for sizes in zip(*widths, strict=True))
-    return dtype.itemsize * (4 * structure.model.config.hidden_size + 3 * widest_out) + 4 * widest_in
+    hidden = structure.model.config.hidden_size
+    forward = 4 * hidden + 3 * widest_out
+    original = 3 * hidden + widest_in  # what its stages read, kept for the sums
+    return dtype.itemsize * (forward + original)
 
 
 def _first_linears(structure: Structure) -> list[Any]:

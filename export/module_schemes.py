@@ -151,8 +151,8 @@ def reader_warnings(container: Container, schemes: Mapping[str, Scheme | None], 
         found.append("vLLM refuses full activation order (desc_act); --act-order static is what it serves")
     if container == "gptq" and any(not its.symmetric for its in known):
         found.append(
-            "vLLM refuses asymmetric GPTQ, and GPTQModel unless it wrote it; for zero points take export awq, "
-            "or --format compressed-tensors for vLLM"
+            "vLLM refuses asymmetric GPTQ, and GPTQModel what it did not write; for zero points take "
+            "export awq, or --format compressed-tensors for vLLM"
         )
     if container == "compressed-tensors" and any(not its.symmetric for its in known):
         found.append("transformers does not load asymmetric compressed-tensors; vLLM does")

@@ -1,4 +1,4 @@
-"""float32 products on a CPU through oneDNN, where torch has it.
+"""Products on a CPU: float32 ones through oneDNN, where torch has it.
 
 torch sends float32 matmuls to MKL, which on CPUs that are not Intel's runs a fifth to a third slower than the
 oneDNN that comes with torch as well (docs/lab-log.md). bf16 goes to oneDNN by itself.
@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 22  # multiplications below which the call costs more than it saves
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU's bfloat16 products are faster than float32 ones (they are emulated elsewhere)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def product_with(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

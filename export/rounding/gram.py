@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from qtrain.kernels.cpu_matmul import product_with
+
 BLOCKS = 4  # of columns: a symmetric product in blocks costs (BLOCKS + 1) / (2 BLOCKS) of the full one
 SMALL = 512  # columns below which one product is faster
+AT_ONCE = 2**24  # entries of a product
+TOKENS = 2048  # in one product: what lies beside the sums stays small
 
 
 class GramSum:
@@ -35,25 +41,30 @@ class GramSum:
             reference: y, of the same shape; needed where D is kept. Inputs of 16 bits are multiplied in
                 bfloat16: D is small beside H, and is needed with few digits.
         """
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)  # [T, K]
-        width = x.shape[1]
-        step = width if width <= SMALL else -(-width // BLOCKS)
-        for first in range(0, width, step):
-            rows = slice(first, min(first + step, width))
-            self.gram[rows, first:].addmm_(x[:, rows].t(), x[:, first:])  # the upper blocks only
-        if self.drift is not None:
-            if reference is None:
-                raise ValueError("reference is missing: this sum keeps the drift")
-            exact = inputs.dtype == torch.float32
-            moved = reference.detach().reshape(-1, width).to(torch.float32) - x
-            moved, x = (moved, x) if exact else (moved.to(torch.bfloat16), x.to(torch.bfloat16))
-            for first in range(0, width, step):
-                rows = slice(first, min(first + step, width))
-                if exact:
-                    self.drift[rows].addmm_(moved[:, rows].t(), x)
-                else:
-                    self.drift[rows] += moved[:, rows].t() @ x
+        width = inputs.shape[-1]
+        others = None if reference is None else reference.detach().reshape(-1, width)
+        for first in range(0, inputs.numel() // width, TOKENS):
+            part = slice(first, first + TOKENS)
+            self._add(inputs.detach().reshape(-1, width)[part], None if others is None else others[part])
+
+    def _add(self, x: Tensor, y: Tensor | None) -> None:
+        across = x.t().to(torch.float32, memory_format=torch.contiguous_format)  # [K, T]
+        strips = list(_strips(x.shape[1]))
+        for rows in strips:
+            self.gram[rows, rows.start :] += product_with(across[rows], across[rows.start :])  # upper blocks
         self.tokens += x.shape[0]
+        if self.drift is None:
+            return
+        if y is None:
+            raise ValueError("reference is missing: this sum keeps the drift")
+        moved = y.t().to(torch.float32) - across
+        if x.dtype == torch.float32:
+            for rows in strips:
+                self.drift[rows] += product_with(moved[rows], across)
+        else:
+            x, moved = x.to(torch.bfloat16), moved.to(torch.bfloat16)
+            for rows in strips:
+                self.drift[rows] += moved[rows] @ x
 
     def take_drift(self) -> Tensor:
         """D, which is not kept any longer.
@@ -76,3 +87,9 @@ class GramSum:
             corner = self.gram[first:last, first:last]
             corner.copy_(corner.triu() + corner.triu(1).t())
         return self.gram
+
+
+def _strips(width: int) -> Iterator[slice]:
+    step = width if width <= SMALL else min(-(-width // BLOCKS), max(1, AT_ONCE // width))
+    for first in range(0, width, step):
+        yield slice(first, min(first + step, width))

@@ -92,7 +92,12 @@ Seed = Annotated[
     int, typer.Option(parser=_number("seed"), metavar="N", help="Of the calibration rows' order.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Of the calibration's arithmetic: auto (fp32), fp32, bf16, fp16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the calibration's forward: fp32, bf16, fp16; auto: bf16 where the device multiplies in it."
+    ),
+]
 Base = Annotated[str, typer.Option(help="original, or dequantized: the NF4 that a 4-bit run was trained on.")]
 Adapter = Annotated[
     Path | None, typer.Option(help="A PEFT adapter to merge into a plain MODEL.", show_default=False)

@@ -16,7 +16,9 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # what a model calls its keys and values: `past_key_values` until transformers 5.23
-CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+CACHE = next(
+    name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__
+)
 BATCH_TOKENS = 2**15  # prompts and answers of a batch: what its KV cache and its first forward have to hold
 
 Pick = Callable[[Tensor], Tensor]  # logits [B, V] -> tokens [B]

@@ -15,7 +15,7 @@ from qtrain.export.containers import HEAD
 from qtrain.export.disk import check_room, parse_size
 from qtrain.export.errors import ExportError
 from qtrain.export.formats.scheme import Scheme
-from qtrain.export.layerwise import Compute
+from qtrain.export.layerwise import Compute, native_dtype
 from qtrain.export.merge import check_tied, parse_dtype
 from qtrain.export.merged_weights import MergedWeights
 from qtrain.export.module_schemes import check_schemes, choose_schemes, reader_warnings
@@ -123,8 +123,9 @@ def _compute(options: QuantizeOptions) -> Compute:
     if options.device == "cuda" and not has_cuda:
         raise ExportError("--device cuda: torch finds no GPU here; use --device cpu")
     device = ("cuda" if has_cuda else "cpu") if options.device == "auto" else options.device
-    dtype = torch.float32 if options.dtype == "auto" else parse_dtype(options.dtype)
-    return Compute(torch.device(device), dtype or torch.float32)
+    chosen = torch.device(device)
+    dtype = None if options.dtype == "auto" else parse_dtype(options.dtype)
+    return Compute(chosen, dtype or native_dtype(chosen))
 
 
 def _head_shape(weights: MergedWeights) -> tuple[int, int]:

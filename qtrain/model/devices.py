@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qtrain.errors import UserError
+from qtrain.kernels.cpu_matmul import multiplies_bf16
 from qtrain.recipe.schema import ModelSettings
 
 
@@ -38,7 +39,7 @@ def choose_compute(settings: ModelSettings, local_rank: int = 0) -> Compute:
         )
     else:
         device = torch.device("cpu")
-        native = cpu_multiplies_bf16()
+        native = multiplies_bf16()
         best, why = (
             (torch.bfloat16, "this CPU multiplies in bf16 (avx512_bf16 or amx)")
             if native
@@ -49,9 +50,3 @@ def choose_compute(settings: ModelSettings, local_rank: int = 0) -> Compute:
     if settings.compute_dtype == "fp16" and device.type == "cpu":
         raise UserError("model.compute_dtype is fp16, which a CPU can't train in; use auto, bf16 or fp32")
     return Compute(device, _DTYPES[settings.compute_dtype], "asked for")
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether bf16 matmuls are faster than fp32 ones here (they are emulated elsewhere)."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
