@@ -25,6 +25,7 @@ from .formats.quantized import QuantizedLinear
 from .formats.scheme import Scheme
 from .journal import Journal
 from .layer import Stream, fill, run_layer
+from .memory import release_free_memory
 from .merged_weights import MergedWeights
 from .quantize_stage import StageSettings, quantize_stage
 from .rounding.gram import GramSum
@@ -94,7 +95,7 @@ class Compute:
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are faster: enough to calibrate by (docs/lab-log.md), in half the memory."""
+    """bfloat16 where its products are faster; enough to calibrate by, in half the memory (lab-log.md)."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -215,6 +216,7 @@ class _Layer:
         )
         self._rounded |= done.rounded
         self._changed |= done.changed
+        release_free_memory()
         for name, full in names.items():
             rounded = done.rounded.get(name)
             if rounded is not None:

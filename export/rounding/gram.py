@@ -49,22 +49,22 @@ class GramSum:
 
     def _add(self, x: Tensor, y: Tensor | None) -> None:
         across = x.t().to(torch.float32, memory_format=torch.contiguous_format)  # [K, T]
-        strips = list(_strips(x.shape[1]))
-        for rows in strips:
+        for rows in _strips(x.shape[1], BLOCKS):
             self.gram[rows, rows.start :] += product_with(across[rows], across[rows.start :])  # upper blocks
         self.tokens += x.shape[0]
         if self.drift is None:
             return
         if y is None:
             raise ValueError("reference is missing: this sum keeps the drift")
-        moved = y.t().to(torch.float32) - across
         if x.dtype == torch.float32:
-            for rows in strips:
+            moved = y.t() - across
+            for rows in _strips(x.shape[1], 1):
                 self.drift[rows] += product_with(moved[rows], across)
         else:
-            x, moved = x.to(torch.bfloat16), moved.to(torch.bfloat16)
-            for rows in strips:
-                self.drift[rows] += moved[rows] @ x
+            short = x.to(torch.bfloat16)
+            moved = (y - x).to(torch.bfloat16).t()
+            for rows in _strips(x.shape[1], 1):
+                self.drift[rows] += moved[rows] @ short
 
     def take_drift(self) -> Tensor:
         """D, which is not kept any longer.
@@ -89,7 +89,7 @@ class GramSum:
         return self.gram
 
 
-def _strips(width: int) -> Iterator[slice]:
-    step = width if width <= SMALL else min(-(-width // BLOCKS), max(1, AT_ONCE // width))
+def _strips(width: int, blocks: int) -> Iterator[slice]:
+    step = width if width <= SMALL else min(-(-width // blocks), max(1, AT_ONCE // width))
     for first in range(0, width, step):
         yield slice(first, min(first + step, width))

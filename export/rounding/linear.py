@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .grid import RANGES, nearest, search_grid
 from .refine import descend, least_squares_scales, output_energy
 
 Rounding = Literal["nearest", "gptq"]
+FEW = 2**22  # weights that one thread rounds as fast as several do, on two cores
 AT_ONCE = 2**23  # weights rounded at once: rows do not depend on each other, and memory goes with them
 
 
@@ -72,9 +74,10 @@ def round_linears(
     else:
         groups = [list(weights)]  # rows do not depend on each other, and few at a time cost as much as many
     rows = []
-    for group in groups:
-        for part in (torch.cat(group) if len(group) > 1 else group[0]).split(at_once):
-            rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero, ranges))
+    with _few_threads(sum(sizes) * weights[0].shape[1]):
+        for group in groups:
+            for part in (torch.cat(group) if len(group) > 1 else group[0]).split(at_once):
+                rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero, ranges))
     whole = _Rows(*(torch.cat(parts) for parts in zip(*map(_fields, rows), strict=True)))
     g_idx = _g_idx(curvature, scheme)
     found = []
@@ -94,6 +97,17 @@ def round_linears(
         energy = float(part.energy.sum())
         found.append(Rounded(linear, float(part.error.sum()) / energy if energy else 0.0))
     return found
+
+
+@contextmanager
+def _few_threads(weights: int) -> Iterator[None]:
+    """One of torch's threads where there are few weights: splitting small operations takes longer."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1 if weights <= FEW else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 @dataclass(frozen=True, slots=True)
