@@ -27,6 +27,7 @@ SHAPE = {  # Qwen2.5-7B's
     "vocab_size": 152064,
     "rope_theta": 1e6,
 }
+DEFAULTS = {"correction": 0.5, "scaling": "awq"}  # those of `qtrain export gptq` that StageSettings' are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--dtype", default="auto", help="of the forward: auto, float32, bfloat16")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of StageSettings, as JSON")
+    parser.add_argument("--settings", type=json.loads, default=DEFAULTS, help="of StageSettings, as JSON")
     parser.add_argument("--shape", type=json.loads, default={}, help="other sizes than Qwen2.5-7B's, as JSON")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary one)")
     chosen = parser.parse_args()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .chunks import Chunks
 from .formats.quantized import QuantizedLinear
+from .memory import release_free_memory
 from .rounding.gram import GramSum
 from .structure import Stage
 
@@ -145,6 +146,7 @@ def _run_original(original: Stream, stages: Sequence[Stage]) -> dict[Stage, Tens
     with _before_stages(original.layer, stages, reached):
         original.out.append(_states(original.layer(original.states[0], **original.call)))
     empty(original.layer)
+    release_free_memory()
     return seen
 
 
