@@ -1,0 +1,74 @@
+"""The tables of README and docs/benchmarks.md hold what the committed JSON files hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtrain.bench import quantizer_report, train_report
+from qtrain.bench.statistics import ratio_of_medians
+from qtrain.bench.table import figure, markdown_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "benchmarks"
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def lines_of(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table behind a heading, without its own headings."""
+    part = text.split(f"\n{heading}\n", 1)[1].split("\n#", 1)[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("task", ["dpo", "sft"])
+def test_training_table(task: str) -> None:
+    rows = [row for row in result("train")["rows"] if row["task"] == task]
+    assert markdown_table(train_report.COLUMNS, [train_report.cells(row) for row in rows]) in BENCHMARKS
+
+
+def test_training_in_the_readme() -> None:
+    rows = {(row["task"], row["name"]): row for row in result("train")["rows"]}
+    table = lines_of(README, "## Measured")
+    assert len(table) == 6
+    for task, name, cpu, memory in table:
+        row = rows[task.lower(), name]
+        assert [cpu, memory] == [figure(row["epoch_cpu_s_p50"], 1), figure(row["added_mib_p50"], 0)]
+
+
+@pytest.mark.parametrize("size", sorted({row["group_size"] for row in result("quantizers")["rows"]}))
+def test_quantizers_table(size: int) -> None:
+    found = result("quantizers")
+    rows = [quantizer_report.cells(row) for row in found["rows"] if row["group_size"] == size]
+    pairs = [
+        quantizer_report.compared_cells(its) for its in found["comparisons"] if its["group_size"] == size
+    ]
+    assert markdown_table(quantizer_report.COLUMNS, rows) in BENCHMARKS
+    assert markdown_table(quantizer_report.COMPARED, pairs) in BENCHMARKS
+
+
+def test_log_prob_table() -> None:
+    for row in result("ops-logprob-cpu")["rows"]:
+        ratio = ratio_of_medians([row["ours_cpu_s"]], [row["theirs_cpu_s"]])
+        time = f"{ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+        assert f"| {row['dtype']} | {time} | {_memory(row)} |" in BENCHMARKS
+
+
+def test_lora_table() -> None:
+    for row in result("ops-lora-cpu")["rows"]:
+        ratio = ratio_of_medians([row["ours_cpu_s"]], [row["theirs_cpu_s"]]).estimate
+        _, layer, _ = row["case"].split(" ")
+        assert f"| {layer} | {row['dtype']} | {ratio:.2f} | {_memory(row)} |" in BENCHMARKS
+
+
+def _memory(row: dict[str, Any]) -> str:
+    return f"{row['ours_peak_bytes'] / 2**20:.0f} | {row['theirs_peak_bytes'] / 2**20:.0f}"
