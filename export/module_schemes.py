@@ -154,6 +154,8 @@ def reader_warnings(container: Container, schemes: Mapping[str, Scheme | None], 
             "vLLM refuses asymmetric GPTQ, and GPTQModel what it did not write; for zero points take "
             "export awq, or --format compressed-tensors for vLLM"
         )
+    if container == "gptq" and any(its.group_size == -1 for its in known):
+        found.append("GPTQModel's kernel for CPUs, which transformers uses too, has groups of 32 to 256 only")
     if container == "compressed-tensors" and any(not its.symmetric for its in known):
         found.append("transformers does not load asymmetric compressed-tensors; vLLM does")
     if any(its.bits not in (4, 8) for its in known):

@@ -21,11 +21,13 @@ class PlannedCost:
 
     Attributes:
         peak_bytes: resident at most, above torch's import; the same for every number of layers.
-        products: multiplications and additions, those of matrix products alone.
+        forward: multiplications and additions of matrix products in the forward's dtype, the drift's too.
+        exact: those in float32: sums over inputs, factors, rounding.
     """
 
     peak_bytes: int
-    products: float
+    forward: float
+    exact: float
 
 
 def planned_cost(
@@ -53,9 +55,10 @@ def planned_cost(
     )
     passes = 1.0 if at_once == windows else 1.6  # several chunks go through a layer more than once
     forward = 2.0 * weights * tokens * passes * models
-    sums = sum((1.25 + 2 * (models - 1)) * tokens * its.width**2 for its in stages)
-    rounding = sum(its.products for its in stages)
-    return PlannedCost(peak, structure.count * (forward + sums + rounding))
+    squares = sum(float(tokens) * its.width**2 for its in stages)
+    drift = 2 * (models - 1) * squares
+    exact = 1.25 * squares + sum(its.products for its in stages)
+    return PlannedCost(peak, structure.count * (forward + drift), structure.count * exact)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,16 +63,18 @@ def estimate_memory(job: Job) -> int:
 
 
 def estimate_seconds(job: Job) -> float:
-    """Of products (layers, the gate) at the rate measured here, of rounding, of the disk."""
+    """Of products (layers, the gate) at the rates measured here, of rounding, of the disk."""
     weights = sum(module.weight.numel() for module in _linears(job)) * job.structure.count
     refine = job.settings.stage.refine if job.settings.stage.rounding == "gptq" else 0
     rate = product_rate(job.compute.device) * EFFICIENCY
-    threads = torch.get_num_threads() if job.compute.device.type == "cpu" else 1
-    rounding = weights * (ROUNDING + REFINING * refine) / threads
+    forward_rate = product_rate(job.compute.device, job.compute.dtype) * EFFICIENCY
+    rounding = weights * (ROUNDING + REFINING * refine)
     config = job.structure.model.config
     measured = sum(map(len, job.held_out.ids))
     gate = 2 * 2.0 * measured * (weights + config.vocab_size * config.hidden_size)
-    return (_cost(job).products + gate) / rate + rounding + 2 * job.weights.checkpoint.nbytes / DISK
+    cost = _cost(job)
+    products = cost.forward / forward_rate + (cost.exact + gate) / rate
+    return products + rounding + 2 * job.weights.checkpoint.nbytes / DISK
 
 
 def _cost(job: Job) -> PlannedCost:
@@ -86,9 +88,11 @@ def _linears(job: Job) -> list[nn.Linear]:
     return [linear(layer, name) for stage in job.structure.stages for name in stage.linears]
 
 
-def product_rate(device: torch.device, size: int = 1024, times: int = 5) -> float:
-    """Operations a second of a float32 product of `size`, the best of some."""
-    a = torch.ones(size, size, device=device)
+def product_rate(
+    device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1024, times: int = 5
+) -> float:
+    """Operations a second of a product of `size`, the best of some."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(times):
         begun = time.perf_counter()

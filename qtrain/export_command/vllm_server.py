@@ -21,6 +21,12 @@ from qtrain.errors import QtrainError
 NAME = "model"  # under which the folder is served
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 through no proxy
 
+CONSEQUENCES = (
+    "Engine core init",
+    "EngineCore failed",
+    "validation error for",
+)  # of errors that stand elsewhere
+
 
 class ServerFailed(QtrainError):
     """vLLM did not start, refused a folder or a request, or died; one line."""
@@ -159,16 +165,21 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def reason(log: str) -> str:
     """The line of a log that says why a server ended: the first error of Python's that is no consequence."""
-    lines = [line.split("] ", 1)[-1].strip() for line in log.splitlines()]
-    errors = [line for line in lines if _is_error(line)]
-    telling = [line for line in errors if "Engine core init" not in line and "EngineCore failed" not in line]
+    lines = [
+        line.split("] ", 1)[-1].strip() if line.startswith("(") else line.strip() for line in log.splitlines()
+    ]
+    errors = [line.partition(" [type=")[0] for line in lines if _is_error(line)]
+    telling = [line for line in errors if not any(words in line for words in CONSEQUENCES)]
     found = (telling or errors or [line for line in lines if line] or ["it printed nothing"])[0]
     return found[:300]
 
 
 def _is_error(line: str) -> bool:
+    if line.startswith("Value error, "):  # pydantic's, below its own line
+        return True
     name = line.partition(":")[0]
-    return name.isidentifier() and name.endswith(("Error", "Exception"))
+    known = name.endswith(("Error", "Exception"))
+    return known and all(part.isidentifier() for part in name.split("."))
 
 
 def _free_port() -> int:

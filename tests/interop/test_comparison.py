@@ -78,6 +78,15 @@ def test_the_reason_is_the_first_error_and_not_its_consequence() -> None:
     assert reason("") == "it printed nothing"
 
 
+def test_reason_of_pydantic_s_two_lines() -> None:
+    log = (
+        "(APIServer pid=7) WARNING 11-27 [utils.py:255] This can cause errors like `OSError: [Errno 24]`\n"
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+        "  Value error, Unsupported quantization config: bits=4, sym=False [type=value_error, input=1]\n"
+    )
+    assert reason(log) == "Value error, Unsupported quantization config: bits=4, sym=False"
+
+
 SERVER = """#!{python}
 import http.server, json, os, subprocess, sys
 port = int(sys.argv[sys.argv.index("--port") + 1])
