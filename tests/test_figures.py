@@ -72,3 +72,19 @@ def test_lora_table() -> None:
 
 def _memory(row: dict[str, Any]) -> str:
     return f"{row['ours_peak_bytes'] / 2**20:.0f} | {row['theirs_peak_bytes'] / 2**20:.0f}"
+
+
+def test_demo_in_the_readme() -> None:
+    sections = {
+        its["title"]: its for its in json.loads((ROOT / "docs" / "demo.json").read_text())["sections"]
+    }
+    for title in ("exact checks", "preference accuracy"):
+        for line in sections[title]["lines"]:
+            low, high = (100 * line["value"][end] for end in ("low", "high"))
+            value = f"{100 * line['value']['mean']:.1f}%"
+            found = [
+                its
+                for its in README.splitlines()
+                if its.startswith(f"    {line['subject']} ") and value in its
+            ]
+            assert any(f"[{low:.1f}, {high:.1f}]" in its for its in found), line
