@@ -38,11 +38,18 @@ def test_training_table(task: str) -> None:
 
 def test_training_in_the_readme() -> None:
     rows = {(row["task"], row["name"]): row for row in result("train")["rows"]}
-    table = lines_of(README, "## Measured")
-    assert len(table) == 6
+    table = lines_of(README, "## Measured")[:6]
     for task, name, cpu, memory in table:
         row = rows[task.lower(), name]
         assert [cpu, memory] == [figure(row["epoch_cpu_s_p50"], 1), figure(row["added_mib_p50"], 0)]
+
+
+def test_exports_in_the_readme() -> None:
+    cells = {row["name"]: quantizer_report.cells(row) for row in result("quantizers")["rows"]}
+    table = lines_of(README, "## Measured")[8:]
+    assert len(table) == 5
+    for name, *figures in table:
+        assert figures == [cells[name][3], cells[name][6], cells[name][8]]
 
 
 @pytest.mark.parametrize("size", sorted({row["group_size"] for row in result("quantizers")["rows"]}))
