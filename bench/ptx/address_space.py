@@ -32,7 +32,7 @@ class Region:
         self.virtual_base = np.uint64(number << 48 | address)
         self.pad = address & 31  # views start at a whole sector
         length = align(self.pad + size, 32)
-        raw = np.zeros(32, np.uint8)
+        raw: Array = np.zeros(32, np.uint8)
         if size:
             raw = np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address - self.pad))
         self.views: dict[int, Array] = {width: raw.view(dtype) for width, dtype in DTYPES.items()}

@@ -30,7 +30,7 @@ class AsyncCopies(GlobalMemory, SharedMemory):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._in_flight: list[_Copy] = []
-        self._group = np.zeros(setup.state.lanes, np.int32)  # groups committed so far, by lane
+        self._group: Array = np.zeros(setup.state.lanes, np.int32)  # groups committed so far, by lane
 
     def copy_async(
         self, index: int, target: Array, source: Array, size: int, given: Any, mask: Array | None

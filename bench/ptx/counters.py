@@ -115,7 +115,7 @@ class Counters:
 
 def sectors(addresses: Array, mask: Array | None) -> tuple[int, int]:
     """Global access of all lanes, u64 addresses -> (requests, 32-byte sectors summed over warps)."""
-    sector = (addresses >> np.uint64(5)).reshape(-1, 32)
+    sector: Array = (addresses >> np.uint64(5)).reshape(-1, 32)
     if mask is not None and not mask.all():
         active = mask.reshape(-1, 32)
         # inactive lanes take the sector of an active lane of their warp

@@ -224,7 +224,7 @@ class _Batch:
 
     def _diverged(self, position: Array) -> int:
         """Block by block under masks, until all lanes stand at the same one; returns it."""
-        waiting = np.zeros(self.state.lanes, bool)
+        waiting: Array = np.zeros(self.state.lanes, bool)
         while True:
             self._step()
             runnable = np.where(waiting, EXIT + 1, position)

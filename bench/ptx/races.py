@@ -24,7 +24,7 @@ class Races:
         self.writer, self.reader = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         self.write_epoch, self.read_epoch = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         self.write_instruction = np.full(size, -1, np.int32)
-        self.epoch = np.zeros(state.lanes, np.int32)
+        self.epoch: Array = np.zeros(state.lanes, np.int32)
 
     def barrier(self, mask: Array | None) -> None:
         """These lanes have come to a barrier."""

@@ -115,7 +115,7 @@ class SharedMemory(MemoryBase):
         if self.races:
             self.races.read(index, offsets, 16, active, suppliers)
         # [warp, matrix, row, word]
-        matrices = self.shared[4].reshape(-1, 4).take(offsets >> 4, axis=0).reshape(-1, count, 8, 4)
+        matrices: Array = self.shared[4].reshape(-1, 4).take(offsets >> 4, axis=0).reshape(-1, count, 8, 4)
         if transposed:
             turned = matrices.view(np.uint16).transpose(0, 1, 3, 2)
             matrices = np.ascontiguousarray(turned).view(np.uint32)
