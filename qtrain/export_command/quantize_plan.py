@@ -16,7 +16,7 @@ from qtrain.export.structure import linear
 from .quantize_job import Job
 from .verdict import say
 
-# Measured on SmolLM2-135M with one thread (docs/export.md says how): the share of a plain product's rate
+# Measured on SmolLM2-135M (docs/export.md says how): the share of a plain product's rate
 # that a layer reaches, and what rounding a weight and refining it once more take besides products.
 EFFICIENCY = 0.7
 ROUNDING, REFINING = 9e-8, 9e-8  # seconds a weight
