@@ -24,7 +24,7 @@ def result(name: str) -> dict[str, Any]:
 
 
 def lines_of(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table behind a heading, without its own headings."""
+    """The cells of the tables behind a heading, line by line, without the first one's headings."""
     part = text.split(f"\n{heading}\n", 1)[1].split("\n#", 1)[0]
     lines = [line for line in part.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

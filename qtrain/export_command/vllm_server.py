@@ -20,12 +20,8 @@ from qtrain.errors import QtrainError
 
 NAME = "model"  # under which the folder is served
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 through no proxy
-
-CONSEQUENCES = (
-    "Engine core init",
-    "EngineCore failed",
-    "validation error for",
-)  # of errors that stand elsewhere
+# what errors say that follow from one which stands elsewhere
+CONSEQUENCES = ("Engine core init", "EngineCore failed", "validation error for")
 
 
 class ServerFailed(QtrainError):
