@@ -105,7 +105,7 @@ def reference_model(source: Source, candidate: Candidate) -> StreamedModel:
     """The 16-bit weights: read from their files, or merged on the way where they have not been written."""
     if candidate.folder is not None:
         return candidate.model()
-    return StreamedModel(source.base, merged_weights(source, "original", "stored").fetch)
+    return StreamedModel(source.base, merged_weights(source, "auto", "stored").fetch)
 
 
 def _reference(source: Source) -> Candidate:

@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True)
 class Base(str, Enum):
     """The weights that the adapter is added to."""
 
+    auto = "auto"
     original = "original"
     dequantized = "dequantized"
 
@@ -43,8 +44,11 @@ def merge(
     ],
     base: Annotated[
         Base,
-        typer.Option(help="The 16-bit weights, or the dequantised NF4 that a 4-bit run was trained on."),
-    ] = Base.original,
+        typer.Option(
+            help="The 16-bit weights, or the dequantised NF4 that a 4-bit run was trained on; "
+            "auto: as it was trained."
+        ),
+    ] = Base.auto,
     dtype: Annotated[Dtype, typer.Option(help="stored: each tensor keeps its own.")] = Dtype.stored,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write (default: RUN/export/merged).", show_default=False)

@@ -98,7 +98,12 @@ Dtype = Annotated[
         help="Of the calibration's forward: fp32, bf16, fp16; auto: bf16 where the device multiplies in it."
     ),
 ]
-Base = Annotated[str, typer.Option(help="original, or dequantized: the NF4 that a 4-bit run was trained on.")]
+Base = Annotated[
+    str,
+    typer.Option(
+        help="original, or dequantized: the NF4 that a 4-bit run was trained on; auto: as it was trained."
+    ),
+]
 Adapter = Annotated[
     Path | None, typer.Option(help="A PEFT adapter to merge into a plain MODEL.", show_default=False)
 ]
@@ -146,7 +151,7 @@ def gptq(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    base: Base = "original",
+    base: Base = "auto",
     adapter: Adapter = None,
     out: Out = None,
     max_shard_size: ShardSize = "4GB",
@@ -187,7 +192,7 @@ def awq(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    base: Base = "original",
+    base: Base = "auto",
     adapter: Adapter = None,
     out: Out = None,
     max_shard_size: ShardSize = "4GB",

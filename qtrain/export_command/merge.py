@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from .progress import shard_progress
 from .rows import Windows, held_out_windows, stop_check
 from .source import TEMPLATE, Source, find_source
 
+BaseChoice = Literal["auto", "original", "dequantized"]
 # measured on two cores (docs/benchmarks.md); for the estimate of a dry run only
 DISK, SUMS, NF4 = (
     3e8,
@@ -38,7 +39,7 @@ IMPORTS = 5 * 2**28  # bytes: torch, transformers, and what a merge allocates wh
 class MergeOptions:
     """What the command line says."""
 
-    base: BaseWeights = "original"
+    base: BaseChoice = "auto"
     dtype: str = "stored"
     out: Path | None = None
     max_shard_size: str = "4GB"
@@ -96,14 +97,19 @@ def export_merge(name: str, options: MergeOptions, console: Console) -> Path | N
     return place
 
 
-def merged_weights(source: Source, base: BaseWeights, dtype: str) -> MergedWeights:
+def merged_weights(source: Source, choice: BaseChoice, dtype: str) -> MergedWeights:
     """The merged weights of a source, ready to be read.
+
+    Args:
+        choice: what the adapter is added to; auto: what it was trained on. On other weights it loses much of
+            what it has learned (docs/benchmarks.md).
 
     Raises:
         UserError: a dequantised base is asked of a run that held it in 16 bits.
         ExportError: missing or damaged files, an adapter that does not fit.
     """
     nf4 = source.nf4()
+    base = _chosen_base(source, choice)
     if base == "dequantized" and nf4 is None:
         if source.run is not None:
             raise UserError(
@@ -116,6 +122,18 @@ def merged_weights(source: Source, base: BaseWeights, dtype: str) -> MergedWeigh
         )
     adapter = None if source.adapter is None else Adapter.open(source.adapter)
     return MergedWeights(Checkpoint.open(source.base), adapter, base=base, nf4=nf4, dtype=parse_dtype(dtype))
+
+
+def _chosen_base(source: Source, choice: BaseChoice) -> BaseWeights:
+    if choice != "auto":
+        return choice
+    if source.model.quantization != "nf4":
+        return "original"
+    source.notes.append(
+        "merging into the dequantised NF4 that the adapter was trained on; --base original takes the 16-bit "
+        "weights"
+    )
+    return "dequantized"
 
 
 def _check_measurable(source: Source) -> None:
@@ -170,7 +188,7 @@ def _manifest(
         if adapter is None
         else {"folder": str(adapter.folder), "files": adapter.hashes(), "modules": len(adapter.shapes)},
         "options": {
-            "base": options.base,
+            "base": weights.base,
             "dtype": options.dtype,
             "max_shard_size": options.max_shard_size,
             "nf4": nf4,

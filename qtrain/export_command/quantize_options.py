@@ -11,12 +11,12 @@ from typing import Any, Literal
 from qtrain.export.containers import HEAD, Container, check_scheme
 from qtrain.export.errors import ExportError
 from qtrain.export.formats.scheme import GROUP_SIZES, Scheme
-from qtrain.export.merged_weights import BaseWeights
 from qtrain.export.module_schemes import Change, parse_change
 from qtrain.export.quantize_stage import StageSettings
 from qtrain.export.verify import Bounds, parse_gate
 
 from .calibrate import RowsSettings
+from .merge import BaseChoice
 
 Algorithm = Literal["gptq", "awq"]
 # GPTQ v1 stores z - 1, and its readers disagree on a stored -1
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "act-order": ("static", "off", "full"),
     "rounding": ("gptq", "nearest"),
     "scaling": ("none", "awq"),
-    "base": ("original", "dequantized"),
+    "base": ("auto", "original", "dequantized"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
 }
@@ -59,7 +59,7 @@ class QuantizeOptions:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    base: BaseWeights = "original"
+    base: BaseChoice = "auto"
     adapter: Path | None = None
     out: Path | None = None
     max_shard_size: str = "4GB"

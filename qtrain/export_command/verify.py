@@ -139,7 +139,7 @@ def _reference(
 ) -> tuple[Source, MergedWeights]:
     if options.reference is not None:
         source = find_source(options.reference)
-        return source, merged_weights(source, "original", "stored")
+        return source, merged_weights(source, "auto", "stored")
     base = manifest.get("base", {})
     name = manifest.get("run") or base.get("folder")
     if name is None:

@@ -74,11 +74,12 @@ def test_a_run_side_by_side(
     assert list(quality) == ["fp32 merged", "NF4 + adapter", "GPTQ 4-bit, group 32", "AWQ"]
     assert f"{quality['AWQ'].status}: {quality['AWQ'].reason}" == f"not exported: qtrain export awq {run}"
     assert quality["fp32 merged"].figures["KL"].p50 == 0
+    assert quality["NF4 + adapter"].figures["KL"].p50 < 1e-9  # merged into what it was trained on, in fp32
     # the same bytes, read by the gate of the export
     source, gptq = find_source(str(run)), quality["GPTQ 4-bit, group 32"]
     windows = held_out_windows(source, [], 2, 128).ids
     expected = measure(
-        merged_weights(source, "original", "stored"), run / "export" / "gptq", windows, ends=None, bounds=None
+        merged_weights(source, "auto", "stored"), run / "export" / "gptq", windows, ends=None, bounds=None
     ).agreement
     assert math.isclose(gptq.figures["KL"].p50, expected.kl, rel_tol=1e-6)  # one sum, or one a window
     assert math.isclose(gptq.figures["perplexity"].p50, expected.perplexity_q, rel_tol=1e-6)
@@ -203,7 +204,7 @@ def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
 def test_below_the_gate_nothing_is_started(
     world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """KL is some 1e-3 here; the reference is still served."""
+    """KL is some 1e-3 here, and nothing for NF4, which was merged; that and the reference are still served."""
     started = []
 
     def engines(candidate: Any, *_: Any) -> list[Engine]:
@@ -216,7 +217,7 @@ def test_below_the_gate_nothing_is_started(
     monkeypatch.setattr(serving, "engines_of", engines)
     options = Options(gate="kl=0.0000001", limit=0, rounds=1, rows=2, tokens=32)
     report = bench_checkpoints(str(world / "run"), options, lambda _: None)
-    assert set(started) == {"fp32 merged"}
+    assert set(started) == {"fp32 merged", "NF4 + adapter"}
     rows = {row["variant"]: row for row in report["rows"] if row["op"] == "serve"}
     assert rows["GPTQ 4-bit, group 32 in engine"]["status"].startswith("not run: KL ")
     assert rows["fp32 merged in engine"]["status"] == "failed: not today"

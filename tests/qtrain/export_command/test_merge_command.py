@@ -113,6 +113,20 @@ def test_a_4_bit_run_on_both_bases(world: Path, tmp_path: Path, capsys: pytest.C
         assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(world / "base")(text).input_ids
 
 
+def test_a_4_bit_run_keeps_what_it_was_trained_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (("--out", tmp_path / "auto"), ("--out", tmp_path / "asked", "--base", "dequantized")):
+        code, text, errors = _export(capsys, world / "nf4", "--rows", "0", *words)
+        assert code == 0, errors
+        assert ("note: merging into the dequantised NF4" in text) == ("--base" not in words)
+    files = [files_of(tmp_path / name)["model.safetensors"] for name in ("auto", "asked")]
+    assert files[0] == files[1]
+    manifest = json.loads((tmp_path / "auto" / "manifest.json").read_text())
+    assert manifest["options"]["base"] == "dequantized"
+    assert any("--base original takes the 16-bit weights" in note for note in manifest["notes"])
+
+
 def test_a_16_bit_run_into_its_own_folder_and_again(
     copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +171,7 @@ def test_a_model_alone_is_copied(world: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_dry_run_writes_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(world.rglob("*"))
-    code, text, errors = _export(capsys, world / "nf4", "--dry-run", "--base", "dequantized")
+    code, text, errors = _export(capsys, world / "nf4", "--dry-run")
     assert code == 0, errors
     told = ["adapter: ", "4 modules", "recomputed: 14 of 26 tensors", "peak memory: about", "time: about"]
     for words in (*told, "nothing was written", str(world / "nf4" / "export" / "merged")):

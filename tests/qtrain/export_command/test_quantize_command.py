@@ -188,6 +188,8 @@ import os, signal, sys
 from qtrain.cli import main
 from qtrain.export_command.progress import ModuleProgress
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
 def die(self, step):
     if step.module.endswith(sys.argv[1]):
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
