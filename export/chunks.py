@@ -23,7 +23,7 @@ class Chunks:
     def __init__(self, file: Path | None = None, *, device: torch.device | str = "cpu") -> None:
         self._file = file
         self._device = torch.device(device)
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
         self._places: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         self._end = 0
         if file is not None:
@@ -52,13 +52,23 @@ class Chunks:
 
     def __getitem__(self, index: int) -> Tensor:
         if self._file is None:
-            return self._kept[index].to(self._device)
+            kept = self._kept[index]
+            if kept is None:
+                raise IndexError(f"chunk {index} was taken")
+            return kept.to(self._device)
         offset, shape, dtype = self._places[index]
         content = bytearray(math.prod(shape) * dtype.itemsize)
         with self._file.open("rb") as file:
             file.seek(offset)
             file.readinto(content)
         return torch.frombuffer(content, dtype=dtype).view(shape).to(self._device)
+
+    def take(self, index: int) -> Tensor:
+        """A chunk for the last time; its memory is given back (of a file, by `clear`)."""
+        found = self[index]
+        if self._file is None:
+            self._kept[index] = None
+        return found
 
     def clear(self) -> None:
         """Give memory and file back."""

@@ -1,9 +1,9 @@
 """One decoder layer at work: its weights in memory, calibration states streamed through it.
 
-A stage's inputs are those of the layer with all earlier stages quantised already (true-sequential). Where
-one chunk holds all windows, the layer runs once: each stage is quantised in the middle of its forward.
-Several chunks run up to the stage, one after the other, and again for the next; what a finished child of the
-layer gave out (the attention) is kept and not computed twice.
+A stage's inputs are those of the layer with all earlier stages quantised already (true-sequential): every
+chunk runs up to the stage, and goes on from there for the next. So that nothing is computed twice, the inputs
+of the last linear module of a child (o, down) are kept: the child gives out what that module does once
+it is quantised.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Stream:
     Attributes:
         layer: its parameters in memory.
         call: its keyword arguments.
-        states, out: hidden states before and after; `out` is appended to.
+        states, out: hidden states before and after; those are taken, these appended.
     """
 
     layer: nn.Module
@@ -93,72 +93,26 @@ def run_layer(
     Args:
         stages: in the order of running.
         on_stage: called with each stage and the sums over its inputs; it changes the layer's weights.
-        kept: makes an empty store for what a child of the layer gave out.
+        kept: makes an empty store for what is kept of the chunks.
         original: the same layer of the original model with its own states: sums are over both then.
     """
-    if len(stream.states) == 1:
-        _run_once(stream, stages, on_stage, original)
-        return
-    running = _Children(stream, kept)
-    beside = None if original is None else _Children(original, kept)
+    changing = _Changing(stream, kept)
+    beside = None if original is None else _Unchanged(original, kept)
     for stage in stages:
         sums = None
-        for each in (running, beside):
-            if each is not None:
-                each.enter(stage.container)
         for index in range(len(stream.states)):
-            inputs = running.run_until(stage, index)
-            reference = None if beside is None else beside.run_until(stage, index)
+            inputs = changing.run_until(stage, index)
+            reference = None if beside is None else beside.run_through(stage, index, last=stage is stages[-1])
             sums = sums or _sums_for(inputs, reference)
             sums.add(inputs, reference)
             del inputs, reference  # rounding needs the memory
-        if beside is not None and stage is stages[-1]:  # rounding needs the memory of its weights as well
-            beside.finish()
+        if beside is not None:
+            beside.done(stage, last=stage is stages[-1])
+        release_free_memory()
         if sums is not None:
             on_stage(stage, sums)
-    running.finish()
-
-
-def _run_once(stream: Stream, stages: Sequence[Stage], on_stage: OnStage, original: Stream | None) -> None:
-    references = {} if original is None else _run_original(original, stages)
-
-    def reached(stage: Stage) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            reference = references.pop(stage, None)
-            sums = _sums_for(inputs[0], reference)
-            sums.add(inputs[0], reference)
-            del reference
-            on_stage(stage, sums)
-
-        return hook
-
-    with _before_stages(stream.layer, stages, reached):
-        stream.out.append(_states(stream.layer(stream.states[0], **stream.call)))
-    empty(stream.layer)
-
-
-def _run_original(original: Stream, stages: Sequence[Stage]) -> dict[Stage, Tensor]:
-    seen: dict[Stage, Tensor] = {}
-
-    def reached(stage: Stage) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: seen.update({stage: inputs[0]})
-
-    with _before_stages(original.layer, stages, reached):
-        original.out.append(_states(original.layer(original.states[0], **original.call)))
-    empty(original.layer)
-    release_free_memory()
-    return seen
-
-
-@contextlib.contextmanager
-def _before_stages(
-    layer: nn.Module, stages: Sequence[Stage], hook: Callable[[Stage], Callable[..., None]]
-) -> Iterator[None]:
-    with contextlib.ExitStack() as hooks:
-        for stage in stages:
-            first = layer.get_submodule(stage.linears[0])
-            hooks.callback(first.register_forward_pre_hook(hook(stage)).remove)
-        yield
+        changing.done(stage)
+    changing.finish()
 
 
 def _sums_for(inputs: Tensor, reference: Tensor | None) -> GramSum:
@@ -170,30 +124,41 @@ def _states(output: Any) -> Tensor:
 
 
 class _Reached(Exception):
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
 
 
-class _Children:
-    """Runs a layer whose finished children give what they gave before."""
+class _Running:
+    """A layer in which a child that is done gives what it gave before."""
 
     def __init__(self, stream: Stream, kept: Callable[[], Chunks]) -> None:
         self._stream = stream
         self._layer = stream.layer
         self._kept = kept
-        self._current: str | None = None
-        self._fresh: str | None = None  # finished, its output not kept yet
-        self._outputs: dict[str, Chunks] = {}
-        self._others: dict[str, tuple[Any, ...] | None] = {}  # what a child's tuple holds besides its output
+        self._outputs: dict[str, tuple[Chunks, int]] = {}  # child -> what it gave, of how many values
 
-    def enter(self, container: str | None) -> None:
-        """Say which child is worked at; the one before is finished."""
-        if self._fresh is not None and len(self._outputs[self._fresh]):
-            self._fresh = None
-        if container != self._current and self._current is not None and container is not None:
-            self._fresh = self._current
-            self._outputs[self._fresh] = self._kept()
-        self._current = container
+    def _run(self, index: int, *, last: bool = False) -> Tensor:
+        """A chunk through the layer; for the last time, nothing is kept of it."""
+        read = Chunks.take if last else Chunks.__getitem__
+        with contextlib.ExitStack() as restore:
+            for name, (outputs, values) in self._outputs.items():
+                output = read(outputs, index)
+                answer = output if values == 1 else (output, *[None] * (values - 1))
+                restore.enter_context(_answers(self._layer.get_submodule(name), answer))
+            return _states(self._layer(read(self._stream.states, index), **self._stream.call))
+
+    def _close(self) -> None:
+        for outputs, _ in self._outputs.values():
+            outputs.clear()
+        empty(self._layer)
+
+
+class _Changing(_Running):
+    """The layer that is quantised."""
+
+    def __init__(self, stream: Stream, kept: Callable[[], Chunks]) -> None:
+        super().__init__(stream, kept)
+        self._inputs = kept()
 
     def run_until(self, stage: Stage, index: int) -> Tensor:
         """A chunk's inputs of a stage's linear modules."""
@@ -205,38 +170,70 @@ class _Children:
         try:
             self._run(index)
         except _Reached as reached:
-            return reached.inputs
+            if stage.gives is not None:
+                self._inputs.append(reached.values)
+            return reached.values
         finally:
             handle.remove()
         raise RuntimeError(f"{stage.linears[0]} was not reached")
 
+    def done(self, stage: Stage) -> None:
+        """Say that a stage is quantised: what its child gives out is its output now, where it is the last."""
+        if stage.gives is None:
+            return
+        outputs = self._kept()
+        for index in range(len(self._inputs)):
+            outputs.append(self._layer.get_submodule(stage.linears[0])(self._inputs.take(index)))
+        self._inputs.clear()
+        self._inputs = self._kept()
+        self._outputs[stage.container] = (outputs, stage.gives)
+
     def finish(self) -> None:
-        """Send all chunks through the whole layer, and give its weights back."""
-        self.enter(None)
+        """Give the states behind the layer, and its memory back."""
         for index in range(len(self._stream.states)):
-            self._stream.out.append(self._run(index))
-        for outputs in self._outputs.values():
-            outputs.clear()
-        empty(self._layer)
+            self._stream.out.append(self._run(index, last=True))
+        self._close()
 
-    def _run(self, index: int) -> Tensor:
-        with contextlib.ExitStack() as restore:
-            for name, outputs in self._outputs.items():
-                child = self._layer.get_submodule(name)
-                if name == self._fresh:
-                    restore.callback(child.register_forward_hook(self._keeper(name)).remove)
-                else:
-                    others = self._others[name]
-                    answer = outputs[index] if others is None else (outputs[index], *others)
-                    restore.enter_context(_answers(child, answer))
-            return _states(self._layer(self._stream.states[index], **self._stream.call))
 
-    def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            self._outputs[name].append(_states(output))
-            self._others[name] = output[1:] if isinstance(output, tuple) else None
+class _Unchanged(_Running):
+    """The same layer of the original model."""
 
-        return keep
+    def __init__(self, stream: Stream, kept: Callable[[], Chunks]) -> None:
+        super().__init__(stream, kept)
+        self._given = kept()
+
+    def run_through(self, stage: Stage, index: int, *, last: bool) -> Tensor:
+        """A chunk's inputs of a stage's linear modules; at a child's last stage it gives its output too."""
+        seen: list[Tensor] = []
+
+        def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0])
+            if stage.gives is None:
+                raise _Reached(inputs[0])
+
+        def give(_: nn.Module, __: Any, output: Any) -> None:
+            self._given.append(_states(output))
+            raise _Reached(seen[0])
+
+        with contextlib.ExitStack() as hooks:
+            first = self._layer.get_submodule(stage.linears[0])
+            hooks.callback(first.register_forward_pre_hook(read).remove)
+            if last:
+                self._stream.out.append(self._run(index, last=True))
+                return seen[0]
+            child = self._layer.get_submodule(stage.container)
+            hooks.callback(child.register_forward_hook(give).remove)
+            with contextlib.suppress(_Reached):
+                self._run(index)
+        return seen[0]
+
+    def done(self, stage: Stage, *, last: bool) -> None:
+        """Say that all chunks went through a stage; after the layer's last its memory is given back."""
+        if last:
+            self._close()
+        elif stage.gives is not None:
+            self._outputs[stage.container] = (self._given, stage.gives)
+            self._given = self._kept()
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from .merged_weights import MergedWeights
 from .quantize_stage import StageSettings, quantize_stage
 from .rounding.gram import GramSum
 from .rounding.linear import Rounded
-from .structure import Stage, Structure, layer_calls
+from .structure import Stage, Structure, layer_calls, linear
 
 STATES = "states"  # hidden states of the model as far as it is quantised
 ORIGINALS = "states-original"  # those of the original model, for the correction
@@ -69,29 +69,22 @@ class Compute:
     Attributes:
         device: of the layer that is worked at.
         dtype: of its weights and activations; sums and rounding are float32 always.
-        activation_bytes: of the tokens that go through a layer at once, about; less where the sums over a
-            stage's inputs and their factor take much of it, a quarter at least.
-        states_bytes: of hidden states, above which they lie in files beside the export: those before a layer,
-            those behind it, and what a child of it gave out.
+        activation_bytes: of the tokens that go through a layer at once, about.
+        states_bytes: of what is kept of all tokens, above which it lies in files beside the export.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
-    activation_bytes: int = 2**29
+    activation_bytes: int = 2**26
     states_bytes: int = 2**29
 
     def windows_at_once(self, structure: Structure, length: int) -> int:
         """Windows of a chunk."""
-        widest = max(linear.in_features for linear in _first_linears(structure))
-        sums = 2 * 4 * widest**2
-        left = max(self.activation_bytes - sums, self.activation_bytes // 4)
-        return max(1, left // (length * bytes_per_token(structure, self.dtype)))
+        return max(1, self.activation_bytes // (length * bytes_per_token(structure, self.dtype)))
 
     def spills(self, structure: Structure, tokens: int, models: int = 1) -> bool:
-        """Whether hidden states lie in files; `models` is 2 where the original model runs beside."""
-        return (
-            3 * models * tokens * structure.model.config.hidden_size * self.dtype.itemsize > self.states_bytes
-        )
+        """Whether what is kept lies in files; `models` is 2 where the original model runs beside."""
+        return tokens * kept_per_token(structure, self.dtype, models) > self.states_bytes
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -104,18 +97,22 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def bytes_per_token(structure: Structure, dtype: torch.dtype) -> int:
-    """What a layer's forward and the sums over its inputs hold for each token, at most, about."""
-    widths = [(linear.in_features, linear.out_features) for linear in _first_linears(structure)]
-    widest_in, widest_out = (max(sizes) for sizes in zip(*widths, strict=True))
+    """What a layer's forward holds for each token of a chunk beside a stage's inputs, at most, about."""
+    widest_in, widest_out = _widest(structure)
+    return dtype.itemsize * (4 * structure.model.config.hidden_size + 3 * widest_out + widest_in)
+
+
+def kept_per_token(structure: Structure, dtype: torch.dtype, models: int) -> int:
+    """What is kept of a token between passes, at most: states, a child's outputs, a last linear's inputs."""
     hidden = structure.model.config.hidden_size
-    forward = 4 * hidden + 3 * widest_out
-    original = 3 * hidden + widest_in  # what its stages read, kept for the sums
-    return dtype.itemsize * (forward + original)
+    return dtype.itemsize * (2 * models * hidden + _widest(structure)[0])
 
 
-def _first_linears(structure: Structure) -> list[Any]:
+def _widest(structure: Structure) -> tuple[int, int]:
+    """The largest in_features and out_features of a layer's linear modules."""
     layer = structure.layer(0)
-    return [layer.get_submodule(name) for stage in structure.stages for name in stage.linears]
+    linears = [linear(layer, name) for stage in structure.stages for name in stage.linears]
+    return max(its.in_features for its in linears), max(its.out_features for its in linears)
 
 
 def quantize_layers(
@@ -151,8 +148,7 @@ def quantize_layers(
     stores = _Stores(journal.folder / "spilled" if spills else None, compute.device)
     begun, before = _resume(journal, stores, structure.count, kinds)
     if before is None:
-        embedded = _embed(source, structure, windows, compute, stores)
-        before = dict.fromkeys(kinds, embedded)
+        before = {kind: _embed(source, structure, windows, compute, stores) for kind in kinds}
     for index in range(begun, structure.count):
         layer = structure.layer(index)
         fill(layer, f"{structure.layers}.{index}", source, dtype=compute.dtype, device=compute.device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layerwise import Compute, bytes_per_token
+from .layerwise import Compute, bytes_per_token, kept_per_token
 from .quantize_stage import StageSettings
 from .rounding.linear import AT_ONCE
 from .structure import Stage, Structure, linear
@@ -39,22 +39,21 @@ def planned_cost(
     models = 2 if settings.correction else 1
     weights = sum(parameter.numel() for parameter in layer.parameters())
     at_once = min(windows, compute.windows_at_once(structure, length))
-    states = 3 * models * tokens * structure.model.config.hidden_size * compute.dtype.itemsize
+    kept = tokens * kept_per_token(structure, compute.dtype, models)
     if compute.spills(structure, tokens, models):
-        states = states * at_once // windows  # the others lie in files
+        kept = kept * at_once // windows  # the others lie in files
     activations = at_once * length * bytes_per_token(structure, compute.dtype)
     stages = [_of_stage(layer, stage, settings) for stage in structure.stages]
-    held = LIBRARIES + states + weights * compute.dtype.itemsize
+    held = LIBRARIES + kept + weights * compute.dtype.itemsize
     beside = weights * compute.dtype.itemsize if models == 2 else 0
     peak = max(
         max(
-            held + beside + models * (4 * its.width**2 + activations),  # H (and C) while it is summed
+            held + beside + models * 4 * its.width**2 + activations,  # H (and D) while it is summed
             held + its.rounding_bytes + (beside if its is not stages[-1] else 0),
         )
         for its in stages
     )
-    passes = 1.0 if at_once == windows else 1.6  # several chunks go through a layer more than once
-    forward = 2.0 * weights * tokens * passes * models
+    forward = 2.0 * weights * tokens * models
     squares = sum(float(tokens) * its.width**2 for its in stages)
     drift = 2 * (models - 1) * squares
     exact = 1.25 * squares + sum(its.products for its in stages)

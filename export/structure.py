@@ -26,11 +26,14 @@ class Stage:
         linears: names within the layer.
         norm: the norm whose output they read and no other linear module does, None where there is none.
         container: the layer's child that holds them.
+        gives: how many values the container gives out after this stage, first the output of its only linear
+            module, the others None; 1 is a tensor, more are a tuple. None where the container goes on.
     """
 
     linears: tuple[str, ...]
     norm: str | None
     container: str
+    gives: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,12 @@ def find_structure(folder: Path) -> Structure:
     for index, call in enumerate(calls):
         layer = model.get_submodule(f"{layers}.{index}")
         found = _trace(layer, call, model.config.hidden_size)
+        for container in dict.fromkeys(stage.container for stage in found):
+            if [stage.gives for stage in found if stage.container == container][-1] is None:
+                raise ExportError(
+                    f"{folder}: what {layers}.{index}.{container} gives out is not its last linear module's "
+                    "output; Qwen2, Qwen3, Llama and Mistral are supported"
+                )
         shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
         if stages is None:
             stages, sizes = found, shapes
@@ -199,8 +208,10 @@ def _trace(layer: nn.Module, call: dict[str, Any], width: int) -> tuple[Stage, .
     names = {module: name for name, module in layer.named_modules()}
     read: list[tuple[str, Tensor]] = []  # (linear, its input) in the order of running
     made: list[tuple[str, Tensor]] = []  # (norm, its output)
+    given: dict[str, Any] = {}
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        given[names[module]] = output
         if isinstance(module, nn.Linear):
             read.append((names[module], inputs[0]))
         elif _scales_its_output(module):
@@ -212,8 +223,19 @@ def _trace(layer: nn.Module, call: dict[str, Any], width: int) -> tuple[Stage, .
     for tensor in _distinct(tensor for _, tensor in read):
         linears = tuple(name for name, seen in read if seen is tensor)
         norms = [name for name, output in made if output is tensor]
-        stages.append(Stage(linears, norms[0] if norms else None, linears[0].split(".")[0]))
+        container = linears[0].split(".")[0]
+        gives = _values(given[container], given[linears[0]]) if len(linears) == 1 else None
+        stages.append(Stage(linears, norms[0] if norms else None, container, gives))
     return tuple(stages)
+
+
+def _values(output: Any, first: Tensor) -> int | None:
+    """How many values `output` has, if it is `first` or a tuple of `first` and Nones."""
+    if output is first:
+        return 1
+    if isinstance(output, tuple) and output[0] is first and all(part is None for part in output[1:]):
+        return len(output)
+    return None
 
 
 def _scales_its_output(module: nn.Module) -> bool:

@@ -19,9 +19,9 @@ def test_stages_norms_and_links(architecture: str, tmp_path: Path) -> None:
     assert (structure.layers, structure.count) == ("model.layers", 2)
     assert structure.stages == (
         Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn"),
-        Stage(("self_attn.o_proj",), None, "self_attn"),
+        Stage(("self_attn.o_proj",), None, "self_attn", gives=2),  # and the weights of attention, None
         Stage(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp"),
-        Stage(("mlp.down_proj",), None, "mlp"),
+        Stage(("mlp.down_proj",), None, "mlp", gives=1),
     )
     assert structure.links == (
         Link("self_attn.v_proj", "self_attn.o_proj", 16, 2),
@@ -70,6 +70,21 @@ def test_a_norm_that_adds_one_to_its_weight_is_not_folded_into(
     folder = save_model(tmp_path / "m")
     monkeypatch.setattr(modeling_qwen2, "Qwen2RMSNorm", OnePlusNorm)
     assert [stage.norm for stage in find_structure(folder).stages] == [None] * 4
+
+
+def test_a_child_that_changes_its_last_linears_output_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.qwen2 import modeling_qwen2
+
+    class HalvedMLP(modeling_qwen2.Qwen2MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    folder = save_model(tmp_path / "m")
+    monkeypatch.setattr(modeling_qwen2, "Qwen2MLP", HalvedMLP)
+    with pytest.raises(ExportError, match=r"model\.layers\.0\.mlp gives out is not its last linear"):
+        find_structure(folder)
 
 
 def test_layers_without_linear_modules_are_refused(tmp_path: Path) -> None:
