@@ -204,7 +204,7 @@ def test_a_checkpoint_that_answers_nothing_gets_no_speed(world: Path) -> None:
 def test_below_the_gate_nothing_is_started(
     world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """KL is some 1e-3 here, and nothing for NF4, which was merged; that and the reference are still served."""
+    """KL is some 1e-3 here, and nothing for NF4, which was merged: that is served, as the reference is."""
     started = []
 
     def engines(candidate: Any, *_: Any) -> list[Engine]:
