@@ -25,7 +25,6 @@ from .formats.quantized import QuantizedLinear
 from .formats.scheme import Scheme
 from .journal import Journal
 from .layer import Stream, fill, run_layer
-from .memory import release_free_memory
 from .merged_weights import MergedWeights
 from .quantize_stage import StageSettings, quantize_stage
 from .rounding.gram import GramSum
@@ -212,7 +211,6 @@ class _Layer:
         )
         self._rounded |= done.rounded
         self._changed |= done.changed
-        release_free_memory()
         for name, full in names.items():
             rounded = done.rounded.get(name)
             if rounded is not None:

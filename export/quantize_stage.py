@@ -41,7 +41,7 @@ class StageSettings:
     rounding: Rounding = "gptq"
     act_order: ActOrder = "static"
     damp: float = 0.01
-    refine: int = 2
+    refine: int = 1
     lowest_zero: int = 0
     keep_last_states: bool = False
     scaling: Scaling = "none"

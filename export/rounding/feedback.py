@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grid import Grid, nearest
+from .grid import Grid
+from .threads import product
 
 BLOCK = 64  # places whose feedback goes column by column; that of all others comes by one product
 
@@ -27,6 +28,7 @@ def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> tuple[Ten
     width = weight.shape[0]
     groups = grid.groups.tolist()
     pivots = factor.diagonal()
+    lowest, highest = grid.bounds()
     error = torch.zeros_like(weight)
     q = torch.empty_like(weight)
     cost = torch.zeros_like(weight[0])
@@ -34,19 +36,17 @@ def round_with_feedback(weight: Tensor, factor: Tensor, grid: Grid) -> tuple[Ten
         first = max(0, last - BLOCK)
         block = slice(first, last)
         rows = factor[block] / pivots[block, None]
-        wanted = weight[block] - rows[:, last:] @ error[last:]
+        wanted = weight[block] - product(rows[:, last:], error[last:])
         within, done = rows[:, block], error[block]
         left = torch.empty_like(wanted)  # what the columns still to come can't make up for
         for place in range(last - first - 1, -1, -1):
             group = groups[first + place]
-            scales, zeros = grid.scales[group], grid.zeros[group]
-            target = wanted[place]
+            scales, target = grid.scales[group], wanted[place]
             if place + 1 < last - first:
-                target = target - within[place, place + 1 :] @ done[place + 1 :]
-            chosen = nearest(target, scales, zeros, grid.top)
-            q[first + place] = chosen
-            what = (chosen - zeros).mul_(scales)
+                target.sub_(within[place, place + 1 :] @ done[place + 1 :])
+            steps = torch.div(target, scales, out=q[first + place]).round_()  # from the zero point
+            what = steps.clamp_(lowest[group], highest[group]) * scales
             torch.sub(what, weight[first + place], out=done[place])
             torch.sub(what, target, out=left[place])
         cost += left.mul_(pivots[block, None]).square_().sum(0)
-    return q, cost
+    return q.add_(grid.zeros[grid.groups]), cost

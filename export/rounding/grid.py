@@ -40,6 +40,10 @@ class Grid:
         """[K, N] float32 of q, [K, N] float32."""
         return (q - self.zeros[self.groups]).mul_(self.scales[self.groups])
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Of q - zeros, [G, N] each."""
+        return -self.zeros, self.top - self.zeros
+
     def with_scales(self, scales: Tensor) -> Grid:
         """The same zeros with other scales, rounded to float16."""
         return Grid(storable(scales), self.zeros, self.groups, self.top)

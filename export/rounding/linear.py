@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +16,9 @@ from .curvature import Curvature
 from .feedback import round_with_feedback
 from .grid import RANGES, nearest, search_grid
 from .refine import descend, least_squares_scales, output_energy
+from .threads import few_threads, product
 
 Rounding = Literal["nearest", "gptq"]
-FEW = 2**22  # weights that one thread rounds as fast as several do, on two cores
 AT_ONCE = 2**23  # weights rounded at once: rows do not depend on each other, and memory goes with them
 
 
@@ -47,7 +46,7 @@ def round_linears(
     scheme: Scheme,
     *,
     rounding: Rounding = "gptq",
-    refine: int = 2,
+    refine: int = 1,
     lowest_zero: int = 0,
     ranges: Sequence[float] = RANGES,
     names: Sequence[str] = (),
@@ -74,7 +73,7 @@ def round_linears(
     else:
         groups = [list(weights)]  # rows do not depend on each other, and few at a time cost as much as many
     rows = []
-    with _few_threads(sum(sizes) * weights[0].shape[1]):
+    with few_threads(sum(sizes) * weights[0].shape[1]):
         for group in groups:
             for part in (torch.cat(group) if len(group) > 1 else group[0]).split(at_once):
                 rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero, ranges))
@@ -97,17 +96,6 @@ def round_linears(
         energy = float(part.energy.sum())
         found.append(Rounded(linear, float(part.error.sum()) / energy if energy else 0.0))
     return found
-
-
-@contextmanager
-def _few_threads(weights: int) -> Iterator[None]:
-    """One of torch's threads where there are few weights: splitting small operations takes longer."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1 if weights <= FEW else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +129,7 @@ def _round_rows(
     else:
         q, error = round_with_feedback(placed, curvature.factor, grid)
         if refine:
-            weight_gram = curvature.gram @ placed  # [K, n]
+            weight_gram = product(curvature.gram, placed)  # [K, n]
             energy = (weight_gram * placed).sum(0)
         else:
             energy = output_energy(placed, curvature.factor)

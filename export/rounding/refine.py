@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .feedback import BLOCK
-from .grid import Grid, nearest
+from .grid import Grid
+from .threads import product
 
 STRIP = 512  # rows of R in one product
 RIDGE = 1e-6  # towards the old scales, relative to the mean diagonal: groups that no input reaches keep them
@@ -21,7 +22,7 @@ def output_energy(weight: Tensor, factor: Tensor) -> Tensor:
     width = weight.shape[0]
     energy = torch.zeros_like(weight[0])
     for first in range(0, width, STRIP):
-        energy += (factor[first : first + STRIP, first:] @ weight[first:]).square_().sum(0)
+        energy += product(factor[first : first + STRIP, first:], weight[first:]).square_().sum(0)
     return energy
 
 
@@ -40,7 +41,7 @@ def least_squares_scales(weight_gram: Tensor, q: Tensor, gram: Tensor, grid: Gri
     system = torch.empty(rows, count, count, device=q.device)
     for group, members in enumerate(by_group.view(count, length)):
         first = group * length  # the system is symmetric: this group with itself and those after it
-        reached = gram[members][:, by_group[first:]].t() @ steps[first : first + length]
+        reached = product(gram[members][:, by_group[first:]].t(), steps[first : first + length])
         found = reached.mul_(steps[first:]).view(-1, length, rows).sum(1).t()  # [N, G - group]
         system[:, group:, group] = found
         system[:, group, group:] = found
@@ -79,23 +80,23 @@ def descend(weight: Tensor, q: Tensor, gram: Tensor, grid: Grid) -> Tensor:
     width = weight.shape[0]
     groups = grid.groups.tolist()
     pivots = gram.diagonal()
-    q = q.clone()
+    lowest, highest = grid.bounds()
+    found = torch.empty_like(q)
     what = grid.dequantize(q)
     error = what - weight
     for first in range(0, width, BLOCK):
         block = slice(first, min(first + BLOCK, width))
         rows = gram[block] / pivots[block, None]
-        wanted = what[block] - rows @ error
+        wanted = what[block] - product(rows, error)
         within = rows[:, block]
         moved = torch.empty_like(wanted)
         for place in range(wanted.shape[0]):
             group = groups[first + place]
-            scales, zeros = grid.scales[group], grid.zeros[group]
-            target = wanted[place]
+            scales, target = grid.scales[group], wanted[place]
             if place:
-                target = target - within[place, :place] @ moved[:place]
-            chosen = nearest(target, scales, zeros, grid.top)
-            q[first + place] = chosen
-            torch.sub((chosen - zeros).mul_(scales), what[first + place], out=moved[place])
+                target.sub_(within[place, :place] @ moved[:place])
+            steps = torch.div(target, scales, out=found[first + place]).round_()  # from the zero point
+            steps.clamp_(lowest[group], highest[group])
+            torch.sub(steps * scales, what[first + place], out=moved[place])
         error[block] += moved
-    return q
+    return found.add_(grid.zeros[grid.groups])

@@ -50,7 +50,7 @@ class QuantizeOptions:
     clip: bool = False
     correction: float = 0.5
     damp: float = 0.01
-    refine: int = 2
+    refine: int = 1
     lm_head: bool = False
     changes: list[str] = field(default_factory=list)
     calib: int = 128
