@@ -16,6 +16,7 @@ from .axes import Axis, spread
 from .text import tick as _tick
 
 LABEL_PX = 14  # the height of a line of text
+LABEL_WIDTH = 22.0  # per cent of a plot's width: points nearer than that share a column of names
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,15 @@ def _series(one: Series, x: Axis, y: Axis) -> str:
 
 def _end_labels(series: Sequence[Series], x: Axis, y: Axis, height: int) -> str:
     """Names beside the last points; those that stand above each other are moved apart."""
-    named = [one for one in series if one.name]
-    columns = dict.fromkeys((one.x[-1], one.left) for one in named)
-    alike = ([one for one in named if (one.x[-1], one.left) == column] for column in columns)
-    return "".join(_column_of_labels(column, x, y, height) for column in alike)
+    named = sorted((one for one in series if one.name), key=lambda one: (one.left, one.x[-1]))
+    columns: list[list[Series]] = []
+    for one in named:
+        last = columns[-1][-1] if columns else None
+        if last is not None and last.left == one.left and x.at(one.x[-1]) - x.at(last.x[-1]) < LABEL_WIDTH:
+            columns[-1].append(one)
+        else:
+            columns.append([one])
+    return "".join(_column_of_labels(column, x, y, height) for column in columns)
 
 
 def _column_of_labels(named: Sequence[Series], x: Axis, y: Axis, height: int) -> str:

@@ -51,26 +51,29 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Both views of it."""
+    """Both views of one benchmark's checkpoints, which are all of one model."""
 
+    title: str
     says: str
     picture: Markup | None
     tables: list[Table]
 
 
-def quality(source: Source) -> Quality | None:
-    """Of all results that hold such rows; None if there are none."""
-    kinds = {row.benchmark for row in source.rows() if _loss(row)}
-    rows = [row for row in source.rows() if row.benchmark in kinds]
-    if not rows:
-        return None
+def quality(source: Source) -> list[Quality]:
+    """Of each benchmark that holds such rows."""
+    kinds = dict.fromkeys(row.benchmark for row in source.rows() if _loss(row))
+    return [_of_one([row for row in source.rows() if row.benchmark == kind]) for kind in kinds]
+
+
+def _of_one(rows: Sequence[Row]) -> Quality:
     schemes = grouped(rows, lambda row: (row.benchmark, row.dtype, row.shape_text))
     if len(schemes) == len(rows):  # one of each: beside each other
         schemes = grouped(rows, lambda row: row.benchmark)
     tables = [_table(alike) for alike in schemes]
     sized = [row for row in rows if "size" in row.figures and _loss(row)]
     picture = _picture(sized) if len(sized) > 1 else None
-    return Quality(_says(rows), picture, [table for table in tables if table is not None])
+    found = [table for table in tables if table is not None]
+    return Quality(rows[0].benchmark.capitalize(), _says(rows), picture, found)
 
 
 def _loss(row: Row) -> Figure | None:
