@@ -124,8 +124,7 @@ def _states(output: Any) -> Tensor:
 
 
 class _Reached(Exception):
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    """What is wanted of a layer's run has been seen."""
 
 
 class _Running:
@@ -161,21 +160,22 @@ class _Changing(_Running):
         self._inputs = kept()
 
     def run_until(self, stage: Stage, index: int) -> Tensor:
-        """A chunk's inputs of a stage's linear modules."""
+        """A chunk's inputs of a stage's linear modules; those of a child's last one are kept."""
+        seen: list[Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Reached(inputs[0])
+            seen.append(inputs[0])
+            raise _Reached
 
         handle = self._layer.get_submodule(stage.linears[0]).register_forward_pre_hook(stop)
         try:
-            self._run(index)
-        except _Reached as reached:
-            if stage.gives is not None:
-                self._inputs.append(reached.values)
-            return reached.values
+            with contextlib.suppress(_Reached):
+                self._run(index)
         finally:
             handle.remove()
-        raise RuntimeError(f"{stage.linears[0]} was not reached")
+        if stage.gives is not None:
+            self._inputs.append(seen[0])
+        return seen[0]
 
     def done(self, stage: Stage) -> None:
         """Say that a stage is quantised: what its child gives out is its output now, where it is the last."""
@@ -209,11 +209,11 @@ class _Unchanged(_Running):
         def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen.append(inputs[0])
             if stage.gives is None:
-                raise _Reached(inputs[0])
+                raise _Reached
 
         def give(_: nn.Module, __: Any, output: Any) -> None:
             self._given.append(_states(output))
-            raise _Reached(seen[0])
+            raise _Reached
 
         with contextlib.ExitStack() as hooks:
             first = self._layer.get_submodule(stage.linears[0])

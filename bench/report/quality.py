@@ -61,14 +61,14 @@ class Quality:
 
 def quality(source: Source) -> list[Quality]:
     """Of each benchmark that holds such rows."""
-    kinds = dict.fromkeys(row.benchmark for row in source.rows() if _loss(row))
-    return [_of_one([row for row in source.rows() if row.benchmark == kind]) for kind in kinds]
+    benchmarks = grouped(source.rows(), lambda row: row.benchmark)
+    return [_of_one(rows) for rows in benchmarks if any(_loss(row) for row in rows)]
 
 
 def _of_one(rows: Sequence[Row]) -> Quality:
-    schemes = grouped(rows, lambda row: (row.benchmark, row.dtype, row.shape_text))
+    schemes = grouped(rows, lambda row: (row.dtype, row.shape_text))
     if len(schemes) == len(rows):  # one of each: beside each other
-        schemes = grouped(rows, lambda row: row.benchmark)
+        schemes = [list(rows)]
     tables = [_table(alike) for alike in schemes]
     sized = [row for row in rows if "size" in row.figures and _loss(row)]
     picture = _picture(sized) if len(sized) > 1 else None

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qtrain.export.containers import HEAD, Container, check_scheme
 from qtrain.export.errors import ExportError
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "act-order": ("static", "off", "full"),
     "rounding": ("gptq", "nearest"),
     "scaling": ("none", "awq"),
-    "base": ("auto", "original", "dequantized"),
+    "base": get_args(BaseChoice),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
 }
