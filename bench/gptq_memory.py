@@ -2,21 +2,23 @@
 
 python -m qtrain.bench.gptq_memory --layers 2 4
 
-One decoder layer is in memory at a time, so that the peak is the same for all 28 layers.
+The whole of `qtrain export gptq` with its defaults, the comparison with the 16-bit model included, on random
+tokens. One decoder layer is in memory at a time, so that the peak is the same for all 28 layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .measure import PeakMemory, Stopwatch
+from .launch import run_job
+from .provenance import provenance
 from .random_model import QWEN2, write_random_model
 
 SHAPE = {  # Qwen2.5-7B's
@@ -27,7 +29,7 @@ SHAPE = {  # Qwen2.5-7B's
     "vocab_size": 152064,
     "rope_theta": 1e6,
 }
-DEFAULTS = {"correction": 0.5, "scaling": "awq"}  # those of `qtrain export gptq` that StageSettings' are not
+MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,115 +38,96 @@ class Export:
 
     Attributes:
         windows, length: of calibration: random tokens.
-        bits, group_size: of the scheme.
-        settings: of StageSettings, other than the defaults.
-        dtype: of the forward, as torch calls it; auto is the command line's choice.
+        held_out: windows to compare with the 16-bit model on.
+        words: of the command line, other than its defaults; random weights pass no gate.
+        threads: of the process.
     """
 
     windows: int = 16
     length: int = 512
-    bits: int = 4
-    group_size: int = 128
-    settings: dict[str, Any] | None = None
-    dtype: str = "auto"
-
-
-def export_once(base: Path, out: Path, export: Export) -> dict[str, Any]:
-    """Quantise in this process; MiB `before` (torch imported) and `above` that at the peak, seconds."""
-    import torch
-
-    memory = PeakMemory()
-    from qtrain.export.checkpoint import Checkpoint
-    from qtrain.export.formats import gptq
-    from qtrain.export.formats.scheme import Scheme
-    from qtrain.export.journal import Journal
-    from qtrain.export.layerwise import Compute, Step, native_dtype, quantize_layers
-    from qtrain.export.merged_weights import MergedWeights
-    from qtrain.export.quantize_stage import StageSettings
-    from qtrain.export.structure import find_structure
-
-    structure = find_structure(base)
-    vocabulary = structure.model.config.vocab_size
-    cpu = torch.device("cpu")
-    generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(0, vocabulary, (export.windows, export.length), generator=generator)
-    peaks: dict[str, float] = {}
-
-    def note(step: Step) -> None:
-        name = step.module.rpartition(".")[2]
-        peaks[name] = max(peaks.get(name, 0.0), memory.added() / 2**20)
-
-    with Stopwatch() as watch:
-        quantize_layers(
-            structure,
-            MergedWeights(Checkpoint.open(base), None),
-            windows,
-            dict.fromkeys(structure.linears(), Scheme(export.bits, export.group_size)),
-            StageSettings(**(export.settings or {})),
-            gptq.pack,
-            Journal(out, {}),
-            Compute(cpu, native_dtype(cpu) if export.dtype == "auto" else getattr(torch, export.dtype)),
-            note,
-        )
-    memory.close()
-    return {
-        "before": memory.baseline / 2**20,
-        "above": memory.added() / 2**20,
-        "after_module": peaks,
-        "seconds": watch.cost.wall_s,
-        "cpu_seconds": watch.cost.cpu_s,
-    }
+    held_out: int = 2
+    words: tuple[str, ...] = ()
+    threads: int = 2
 
 
 def measure(base: Path, out: Path, export: Export) -> dict[str, Any]:
-    """`export_once` in a process of its own."""
-    code = (
-        "import json, sys; from pathlib import Path; "
-        "from qtrain.bench.gptq_memory import Export, export_once; base, out, export = sys.argv[1:]; "
-        "print(json.dumps(export_once(Path(base), Path(out), Export(**json.loads(export)))))"
-    )
-    words = [str(base), str(out), json.dumps(asdict(export))]
-    text = subprocess.check_output([sys.executable, "-c", code, *words], text=True)
-    found: dict[str, Any] = json.loads(text.splitlines()[-1])
-    return found
+    """The export in a process of its own.
+
+    Returns:
+        `baseline_bytes` (torch imported), `peak_bytes`, `wall_s`, `cpu_s`, `settings`.
+
+    Raises:
+        WorkerFailed: in a line.
+    """
+    import torch
+
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    count = export.windows + export.held_out
+    ids = torch.randint(0, vocabulary, (count, export.length), generator=generator).tolist()
+    job = {
+        "model": str(base),
+        "checkpoint": str(out),
+        "words": ["gptq", "--gate", "off", *export.words],
+        "calibration": ids[: export.windows],
+        "held_out": ids[export.windows :],
+    }
+    return run_job(Path(sys.executable), "export_memory", job, threads=export.threads, timeout_s=24 * 3600)
 
 
-def main() -> None:
+def row(shape: dict[str, Any], size: int, export: Export, found: dict[str, Any]) -> dict[str, Any]:
+    """Of the result file: `results.py` has its form."""
+    added = found["peak_bytes"] - found["baseline_bytes"]
+    return {
+        "op": "export gptq",
+        "variant": "qtrain",
+        "dtype": "int4",
+        "shape": {
+            "layers": shape["num_hidden_layers"],
+            "hidden": shape["hidden_size"],
+            "windows": export.windows,
+        },
+        "status": "ok",
+        "figures": {"memory": added, "wall time": found["wall_s"], "CPU time": found["cpu_s"]},
+        "details": found | {"export": asdict(export), "base_bytes": size},
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
     """Print the peak above torch's import for each number of layers."""
     parser = argparse.ArgumentParser(prog="python -m qtrain.bench.gptq_memory")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--dtype", default="auto", help="of the forward: auto, float32, bfloat16")
-    parser.add_argument("--settings", type=json.loads, default=DEFAULTS, help="of StageSettings, as JSON")
+    parser.add_argument("--words", default="", help="further words of `qtrain export gptq`")
     parser.add_argument("--shape", type=json.loads, default={}, help="other sizes than Qwen2.5-7B's, as JSON")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary one)")
-    chosen = parser.parse_args()
-    export = Export(
-        chosen.windows,
-        chosen.length,
-        group_size=chosen.group_size,
-        settings=chosen.settings,
-        dtype=chosen.dtype,
-    )
+    parser.add_argument("--json", type=Path, default=None, help="where to write the result")
+    chosen = parser.parse_args(words)
+    export = Export(chosen.windows, chosen.length, words=tuple(chosen.words.split()))
+    rows = []
     for layers in chosen.layers:
+        shape = SHAPE | chosen.shape | {"num_hidden_layers": layers}
         with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
             base = Path(name) / "base"
-            write_random_model(base, QWEN2 | SHAPE | chosen.shape | {"num_hidden_layers": layers}, 10**9)
+            write_random_model(base, QWEN2 | shape, 10**9)
             size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
             found = measure(base, Path(name) / "out", export)
-        _say(
-            f"{layers} layers ({size / 1e9:.2f} GB): peak {found['above']:.0f} MiB above torch's import "
-            f"({found['before']:.0f} MiB), {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} CPU s"
+        rows.append(row(shape, size, export, found))
+        added, before = rows[-1]["figures"]["memory"] / MIB, found["baseline_bytes"] / MIB
+        sys.stdout.write(
+            f"{layers} layers ({size / 1e9:.2f} GB): peak {added:.0f} MiB above torch's import "
+            f"({before:.0f} MiB), {found['wall_s']:.0f} s, {found['cpu_s']:.0f} CPU s\n"
         )
-        after = ", ".join(f"{module} {peak:.0f}" for module, peak in found["after_module"].items())
-        _say(f"  peak so far when a module was done, in any layer: {after}")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+        sys.stdout.flush()
+    if chosen.json is not None:
+        result = {
+            "kind": "export memory",
+            "provenance": provenance(),
+            "protocol": {"threads": export.threads, "setting": {"shape": SHAPE | chosen.shape}},
+            "rows": rows,
+        }
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

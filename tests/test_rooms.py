@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "qtrain": {"export", "bench", "kernels"},
 }
 # scripts that run in a process of their own and measure the app; nothing imports them
-MEASURE_THE_APP = {ROOT / "bench" / "workers" / name for name in ("ours.py", "quantize_ours.py")}
+MEASURE_THE_APP = {
+    ROOT / "bench" / "workers" / name for name in ("ours.py", "quantize_ours.py", "export_memory.py")
+}
 ROOMS = [room for room in MAY_IMPORT if (ROOT / room).is_dir()]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from qtrain.bench.gptq_memory import Export, measure
-from qtrain.bench.random_model import QWEN2, write_random_model
+from qtrain.bench.gptq_memory import main
+from qtrain.bench.result_files import read_results
 
 SHAPE = {
     "hidden_size": 256,
@@ -22,13 +23,13 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytes
     # what is freed goes back at once: what malloc keeps differs from run to run by some 30 MiB
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    above, sizes = {}, {}
-    for layers in (3, 9):
-        base = tmp_path / str(layers)
-        write_random_model(base, QWEN2 | SHAPE | {"num_hidden_layers": layers}, 10**7)
-        sizes[layers] = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-        export = Export(windows=2, length=64, group_size=64, settings={"refine": 1})
-        above[layers] = measure(base, tmp_path / f"out-{layers}", export)["above"]
-    # six more layers in bf16 are 31 MB, and in the float32 that they are computed in 62
-    assert above[9] - above[3] < 10
-    assert sizes[9] - sizes[3] > 30e6
+    result = tmp_path / "memory.json"
+    words = ["--layers", "2", "6", "--windows", "2", "--length", "64", "--shape", json.dumps(SHAPE)]
+    main([*words, "--words", "--group-size 64", "--folder", str(tmp_path), "--json", str(result)])
+    rows = json.loads(result.read_text())["rows"]
+    above = [row["figures"]["memory"] for row in rows]
+    sizes = [row["details"]["base_bytes"] for row in rows]
+    # four more layers in bf16 are 21 MB, and in the float32 that they are computed in 42
+    assert above[1] - above[0] < 10 * 2**20
+    assert sizes[1] - sizes[0] > 20e6
+    assert [dict(row.shape)["layers"] for row in read_results(result).rows] == [2, 6]
