@@ -149,7 +149,7 @@ def _own_export(place: Path, source: Source) -> Candidate:
 def _on_disk(folder: Path) -> Candidate:
     checkpoint = Checkpoint.open(folder, quantized=True)
     if "quantization_config" not in checkpoint.config and not (folder / "quantize_config.json").is_file():
-        return Candidate(_dtype(checkpoint), "plain", folder, None, checkpoint.nbytes)
+        return Candidate(f"{_dtype(checkpoint)} ({folder.name})", "plain", folder, None, checkpoint.nbytes)
     quantized = QuantizedCheckpoint.open(folder)
     scheme, _ = Counter(quantized.schemes.values()).most_common(1)[0]
     size = "whole rows" if scheme.group_size == -1 else f"group {scheme.group_size}"

@@ -2,6 +2,9 @@
 
 Deterministic: the committed files are what this writes. Held-out rows are drawn first, and nothing
 that a training row is made of - its cities, or its table's entries and columns - is theirs.
+
+`--further N --out DIR` writes N more held-out rows of each language instead, to tell models apart whose
+scores on the demo's 60 lie close together.
 """
 
 from __future__ import annotations
@@ -26,18 +29,30 @@ MIX = "rtrgrtrtrgrt"
 
 def generate(language: str) -> dict[str, bytes]:
     """File name -> content, for one language."""
-    words = LANGUAGES[language]
+    return {f"{name}-{language}.jsonl": _jsonl(name, rows) for name, rows in _all_examples(language).items()}
+
+
+def generate_further(language: str, count: int) -> dict[str, bytes]:
+    """A file of `count` held-out rows for SFT that are none of `generate`'s, nor made of a training row's."""
+    taken = {its.signature for examples in _all_examples(language).values() for its in examples}
+    examples = list(_draw(LANGUAGES[language], Random(f"{SEED}-{language}-further"), count, taken))
+    return {f"sft-further-{language}.jsonl": _jsonl("sft-heldout", examples)}
+
+
+def _all_examples(language: str) -> dict[str, list[Example]]:
     random = Random(f"{SEED}-{language}")
     taken: set[str] = set()
-    files = {}
+    found = {}
     for name, count in COUNTS.items():
-        examples = list(_draw(words, random, count, taken))
+        found[name] = list(_draw(LANGUAGES[language], random, count, taken))
         if name.endswith("heldout"):
-            taken |= {example.signature for example in examples}
-        rows = (_row(name, number, example) for number, example in enumerate(examples))
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        files[f"{name}-{language}.jsonl"] = text.encode()
-    return files
+            taken |= {example.signature for example in found[name]}
+    return found
+
+
+def _jsonl(name: str, examples: list[Example]) -> bytes:
+    rows = (_row(name, number, example) for number, example in enumerate(examples))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _draw(words: Words, random: Random, count: int, taken: set[str]) -> Iterator[Example]:
@@ -84,17 +99,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qtrain.demo.generate", description="Write the demo data."
     )
-    parser.add_argument(
-        "--out", type=Path, default=demo_path("sft", "train").parent, help="folder to write to"
-    )
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: the demo's own)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file differs")
+    parser.add_argument("--further", type=int, metavar="N", help="write N more held-out rows instead")
     options = parser.parse_args(arguments)
+    if options.further is not None and (options.further < 1 or options.out is None or options.check):
+        parser.error("--further takes 1 row or more, and --out DIR that is not the demo's own")
+    folder = options.out or demo_path("sft", "train").parent
     stale = 0
     for language in LANGUAGES:
-        for name, content in generate(language).items():
-            path = options.out / name
+        files = generate_further(language, options.further) if options.further else generate(language)
+        for name, content in files.items():
+            path = folder / name
             if not options.check:
-                options.out.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             elif not path.is_file() or path.read_bytes() != content:
                 stale += 1

@@ -57,6 +57,25 @@ def test_check_finds_a_stale_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "sft-train-en.jsonl is not what the generator writes" in capsys.readouterr().err
 
 
+def test_further_rows_are_held_out_too(tmp_path: Path) -> None:
+    assert generate.main(["--further", "100", "--out", str(tmp_path)]) == 0
+    for language in LANGUAGES:
+        rows = [
+            json.loads(line) for line in (tmp_path / f"sft-further-{language}.jsonl").read_text().splitlines()
+        ]
+        further = {ingredients(f"{row['instruction']}\n\n{row['input']}") for row in rows}
+        assert len(rows) == 100
+        assert all("check" in row for row in rows)
+        for split in SPLITS:
+            assert not further & {ingredients(prompt) for prompt in prompts(language, split)}
+
+
+@pytest.mark.parametrize("words", [["--further", "0", "--out", "x"], ["--further", "5"]])
+def test_further_rows_do_not_go_into_the_demos_folder(words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate.main(words)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_nothing_held_out_is_trained_on(language: str) -> None:
     train, heldout = prompts(language, "train"), prompts(language, "heldout")
