@@ -34,9 +34,7 @@ def read_results(path: Path) -> Results:
         )
     if not isinstance(report.get(_ROWS.get(kind, "rows")), list):
         raise ResultsError(f"{path}: no list {_ROWS.get(kind, 'rows')!r}, as results of kind {kind!r} have")
-    about = checked(
-        Provenance, report if kind == "ops" else report.get("provenance") or {}, path, "provenance"
-    )
+    about = checked(Provenance, report.get("provenance") or {}, path, "provenance")
     protocol = checked(Protocol, report.get("protocol") or {}, path, "protocol")
     rows = _rows(path, READERS.get(kind, long_rows), report)
     setting = _setting(kind, report, about, protocol)
@@ -74,12 +72,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _kind(report: Mapping[str, Any]) -> str | None:
-    """`ops_cpu` names none: its rows tell."""
-    kind, rows = report.get("kind"), report.get("rows")
-    if isinstance(kind, str) and kind:
-        return kind
-    first = rows[0] if isinstance(rows, list) and rows else None
-    return "ops" if isinstance(first, dict) and "ours_cpu_s" in first else None
+    kind = report.get("kind")
+    return kind if isinstance(kind, str) and kind else None
 
 
 def _rows(
@@ -102,13 +96,12 @@ def _rows(
 def _setting(kind: str, report: Mapping[str, Any], about: Provenance, protocol: Protocol) -> dict[str, str]:
     """What decides how fast anything is, in words."""
     machine = about.machine
-    threads = [one for one in (protocol.threads, report.get("threads"), machine.threads) if one is not None]
     found: dict[str, Any] = {
         "device": protocol.device,
         "CPU": machine.cpu,
         "CPU features": " ".join(machine.cpu_features),
         "GPU": ", ".join(_gpu(gpu) for gpu in machine.gpus) or "none",
-        "threads": threads[0] if threads else None,
+        "threads": machine.threads if protocol.threads is None else protocol.threads,
         "clock": protocol.clock,
         "caches": None if protocol.cold is None else "cold" if protocol.cold else "hot",
     }

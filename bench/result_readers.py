@@ -1,4 +1,4 @@
-"""The rows of the benchmarks that have a form of their own: kernels, train, ops, cards."""
+"""The rows of the benchmarks that have a form of their own: kernels, train, quantizers, cards."""
 
 from __future__ import annotations
 
@@ -129,35 +129,6 @@ def _train_figures(results: list[TrainResult]) -> list[Figure]:
         figure("wall time", by_process(lambda _, step: step.wall_s)),
         figure(MEMORY, [[float(result.peak_bytes - result.baseline_bytes)] for result in results]),
     ]
-
-
-class OpsRow(Checked):
-    """A row as `ops_cpu` writes it: two variants at once."""
-
-    case: str
-    dtype: str
-    theirs: str
-    ours_cpu_s: Samples
-    theirs_cpu_s: Samples
-    ours_peak_bytes: int
-    theirs_peak_bytes: int
-
-
-def ops_rows(report: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `bench.ops_cpu`: `0.5B q+k+v M=512` is a group of LoRA layers, else the op comes first."""
-    for row in each(OpsRow, report["rows"]):
-        words = row.case.split()
-        sizes = [word.partition("=")[::2] for word in words if "=" in word]
-        names = [word for word in words if "=" not in word]
-        op = names[0] if len(names) == 1 else "lora_linear_group" if "+" in names[-1] else "lora_linear"
-        shape: dict[str, Any] = {"model": " ".join(names[:-1]), "part": "" if len(names) == 1 else names[-1]}
-        shape |= {name: int(value) if value.isdecimal() else value for name, value in sizes}
-        for variant, seconds, peak in (
-            ("qtrain", row.ours_cpu_s, row.ours_peak_bytes),
-            (row.theirs, row.theirs_cpu_s, row.theirs_peak_bytes),
-        ):
-            figures = [figure(TIME, [seconds]), figure(MEMORY, [[float(peak)]])]
-            yield make_row("ops", op, variant, "forward+backward", row.dtype, shape, OK, figures)
 
 
 class QuantizerCost(Checked):
@@ -296,7 +267,6 @@ def card_rows(report: Mapping[str, Any]) -> Iterator[Row]:
 READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "kernels": kernel_rows,
     "train": train_rows,
-    "ops": ops_rows,
     "quantizers": quantizer_rows,
     "cards": card_rows,
 }

@@ -1,7 +1,8 @@
 """One form for the rows of every benchmark: what `compare` and `report` work with.
 
-A result file is a JSON object. `bench kernels`, `bench train`, `bench.ops_cpu` and `bench cards` write files
-with rows of their own, which `result_readers` translates; every other benchmark writes the long form itself:
+A result file is a JSON object. `bench kernels`, `bench train`, `bench quantizers` and `bench cards` write
+files with rows of their own, which `result_readers` translates; every other benchmark writes the long form
+itself:
 
     {"kind": "quantizers",                        any name; files of one kind can be compared
      "provenance": {...},                         of `provenance.provenance()`

@@ -55,7 +55,7 @@ def _ops(source: Source) -> Iterator[Line]:
         base = next((str(value) for name, value in row.shape if name == "base"), "")
         return (row.op, row.dtype, base)
 
-    for rows in (rows for one in source.of("kernels", "ops") for rows in grouped(one.rows, key)):
+    for rows in (rows for one in source.of("kernels") for rows in grouped(one.rows, key)):
         whole = [row for row in rows if "+" in row.phase] or rows
         cases = grouped(whole, lambda row: (row.phase, row.shape_text))
         found: dict[str, list[tuple[Row, Row]]] = {}

@@ -66,7 +66,7 @@ LINES = 12
 
 def groups(source: Source) -> Iterator[Group]:
     """Of all results with times that are compared with others'."""
-    for one in source.of("train", "kernels", "ops"):
+    for one in source.of("train", "kernels"):
         file = f" in {one.path.name}" if len(source.of(one.kind)) > 1 else ""
         for rows in grouped(one.rows, lambda row: row.op):
             cases = [case for case in grouped(rows, lambda row: row.case) if any(map(times, case))]

@@ -76,15 +76,6 @@ def train() -> Json:
     }  # fmt: skip
 
 
-def ops() -> Json:
-    row = {
-        "case": "0.5B q M=512", "dtype": "bf16", "theirs": "peft + bitsandbytes", "difference": 0.002,
-        "ours_cpu_s": list(QUIET), "theirs_cpu_s": [1.5 * second for second in QUIET],
-        "ours_peak_bytes": 7 << 20, "theirs_peak_bytes": 21 << 20,
-    }  # fmt: skip
-    return {**provenance(), "threads": 2, "rows": [row]}
-
-
 def checkpoints() -> Json:
     rows = [
         {

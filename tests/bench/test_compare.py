@@ -23,7 +23,6 @@ Json = dict[str, Any]
 KINDS: list[Callable[[], Json]] = [
     samples.kernels,
     samples.train,
-    samples.ops,
     samples.checkpoints,
     samples.quantizers,
 ]
@@ -200,7 +199,6 @@ def changed_at(report: Json, place: str, value: Any) -> Json:
         (samples.kernels(), changed_at(samples.kernels(), "provenance.machine.threads", 8), "threads (2, 8)"),
         (samples.train(), changed_at(samples.train(), "protocol.threads", 4), "threads (2, 4)"),
         (samples.train(), changed_at(samples.train(), "workload.layers", 8), "layers (4, 8)"),
-        (samples.ops(), changed_at(samples.ops(), "threads", 1), "threads (2, 1)"),
     ],
 )  # fmt: skip
 def test_other_machines_are_refused_unless_forced(a: Json, b: Json, said: str, tmp_path: Path) -> None:

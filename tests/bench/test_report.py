@@ -91,7 +91,7 @@ def page(folder: Path, reports: dict[str, Any], *options: str) -> str:
 def everything() -> dict[str, Any]:
     return {
         "kernels": samples.kernels(), "gpu": samples.kernels_on_a_gpu(), "train": samples.train(),
-        "ops": samples.ops(), "quantizers": samples.quantizers(), "checkpoints": samples.checkpoints(),
+        "quantizers": samples.quantizers(), "checkpoints": samples.checkpoints(),
         "cards": samples.cards(),
     }  # fmt: skip
 
@@ -120,8 +120,6 @@ def test_the_table_holds_every_row_of_every_file(whole: Path) -> None:
             for row in report["rows"]
             if row["status"] == "ok"
         ]
-    quiet = statistics.median(samples.QUIET)
-    expected += [("ops", "qtrain", quiet, 7.0 * MIB), ("ops", "peft + bitsandbytes", 1.5 * quiet, 21.0 * MIB)]
     expected += [("train", "TRL (default)", 8.15, 2000.0 * MIB), ("train", "qtrain", 3.525, 300.0 * MIB)]
     expected += [("quantizers", "qtrain gptq", 41.5, 600.0 * MIB)]
     for file, variant, seconds, peak in expected:
@@ -130,7 +128,7 @@ def test_the_table_holds_every_row_of_every_file(whole: Path) -> None:
         same = (text for (text, time), memory in found if memory == peak and _is(time, seconds))
         [text] = same
         assert float(text.replace("\u202f", "")) == pytest.approx(1e3 * seconds, rel=0.005)  # three digits
-    counts = {"kernels": 4, "gpu": 9, "train": 3, "ops": 2, "quantizers": 3, "checkpoints": 3, "cards": 3}
+    counts = {"kernels": 4, "gpu": 9, "train": 3, "quantizers": 3, "checkpoints": 3, "cards": 3}
     assert {name: sum(row["file"][0] == name for row in rows) for name in counts} == counts
 
 
@@ -218,7 +216,7 @@ def test_a_run_may_stand_among_the_files(tmp_path: Path) -> None:
     steps = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}]
     lines = [json.dumps(step) for step in steps]
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))  # still being written
-    files = [str(samples.save(samples.ops(), tmp_path / "ops.json")), str(run)]
+    files = [str(samples.save(samples.kernels(), tmp_path / "kernels.json")), str(run)]
     out = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["bench", "report", *files, "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -254,7 +252,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty" if arguments == ["."] else tmp_path)
-    samples.save(samples.ops(), tmp_path / "good.json")
+    samples.save(samples.kernels(), tmp_path / "good.json")
     samples.save("{\n{}\n", tmp_path / "bad.jsonl")
     result = CliRunner().invoke(app, ["bench", "report", *arguments])
     assert result.exit_code == 2
@@ -311,7 +309,7 @@ def test_a_browser_shows_it_and_sorts(whole: Path, tmp_path: Path) -> None:
     dom, told = browse(clicked, tmp_path / "profile")
     assert told == []
     parsed = Tables(dom)
-    assert "6 of 27 rows" in parsed.text
+    assert "6 of 25 rows" in parsed.text
     key = "p50, ms"
     values = [row[key][1] for row in parsed.rows()]
     numbers = [float(value) for value in values if value is not None]
