@@ -13,6 +13,7 @@ from qtrain.errors import UserError
 from qtrain.export.checkpoint import Checkpoint
 from qtrain.export.disk import check_room, free_bytes, parse_size, size_text
 from qtrain.export.errors import ExportError
+from qtrain.export.lock import only_one
 from qtrain.export.lora import Adapter
 from qtrain.export.merge import check_tied, merged_bytes, merged_config, parse_dtype, write_merged
 from qtrain.export.merge_report import merge_report
@@ -73,7 +74,7 @@ def export_merge(name: str, options: MergeOptions, console: Console) -> Path | N
     windows = held_out_windows(source, options.data, options.rows, options.tokens)
     if windows.ids:
         _check_measurable(source)
-    with CheckpointWriter(out, max_shard_bytes=shard, force=options.force) as writer:
+    with only_one(out), CheckpointWriter(out, max_shard_bytes=shard, force=options.force) as writer:
         with shard_progress(console, merged_bytes(weights)) as advance:
             write_merged(writer, weights, advance)
         writer.copy_side_files(source.base)

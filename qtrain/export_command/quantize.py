@@ -19,8 +19,9 @@ from qtrain.export.formats import gptq
 from qtrain.export.head import quantize_head
 from qtrain.export.journal import Journal
 from qtrain.export.layerwise import quantize_layers
+from qtrain.export.lock import only_one
 from qtrain.export.verify import Verdict, check_gate, measure
-from qtrain.export.writer import CheckpointWriter
+from qtrain.export.writer import CheckpointWriter, check_free
 from qtrain.runs.manifest import versions
 
 from .progress import ModuleProgress, module_progress
@@ -45,6 +46,16 @@ def export_quantized(name: str, options: QuantizeOptions, console: Console) -> P
     if options.dry_run:
         show_plan(job, console)
         return None
+    with only_one(job.out):
+        verdict, place = _export(job, options, console)
+    if verdict is not None:
+        check_gate(verdict, place)
+    return place
+
+
+def _export(job: Job, options: QuantizeOptions, console: Console) -> tuple[Verdict | None, Path]:
+    """All of it, but for what the verdict means."""
+    check_free(job.out, force=options.force)  # another export may have ended since
     journal = Journal(job.out, job.key(), resume=options.resume, force=options.force and not options.resume)
     _one_thread_count(journal, console)
     try:
@@ -57,9 +68,7 @@ def export_quantized(name: str, options: QuantizeOptions, console: Console) -> P
             "the same command with --resume goes on from there"
         ) from None
     journal.remove()
-    if verdict is not None:
-        check_gate(verdict, place)
-    return place
+    return verdict, place
 
 
 class Interrupted(UserError):

@@ -223,7 +223,7 @@ def test_killed_and_resumed_is_the_same_to_the_byte(
     words = ("gptq", world / "untied", *SMALL, "--calib-data", world / "text.txt", "--lm-head")
     died = _stopped("layers.1.mlp.up_proj", "SIGKILL", *words, "--out", tmp_path / "killed")
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["killed.journal"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.journal", "killed.lock"]
     line = refused(capsys, *words, "--out", tmp_path / "killed")
     assert "holds an unfinished export; go on with it: --resume, or begin anew: --force" in line
     line = refused(capsys, *words, "--out", tmp_path / "killed", "--resume", "--damp", "0.1")
@@ -233,10 +233,12 @@ def test_killed_and_resumed_is_the_same_to_the_byte(
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert "resumed: 1 of 2 layers are done already" in died.stdout
     assert "layer 1/2" not in died.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.journal", "killed.partial"]
+    left = ["killed.journal", "killed.lock", "killed.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     code, text, errors = export(capsys, *words, "--out", tmp_path / "killed", "--resume")
     assert code == 0, errors
     assert "resumed: 2 of 2 layers are done already" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["killed"]
     assert export(capsys, *words, "--out", tmp_path / "whole")[0] == 0
     ours, expected = files_of(tmp_path / "killed"), files_of(tmp_path / "whole")
     manifests = [json.loads(files.pop("manifest.json")) for files in (ours, expected)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qtrain.export.lock import only_one
 from tests.qtrain.export_command.exports import SMALL, damaged_base, export, make_world, manifest_of, refused
 from tests.qtrain.tiny import save_tiny_base
 from tests.small_disk import small_disk
@@ -47,6 +48,17 @@ def test_values_beyond_float16_are_stored_in_bfloat16(
     assert "model.norm.weight holds values up to 1e+05, beyond float16" in text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert "beyond float16" in manifest_of(tmp_path / "out")["stored_dtype"]["reason"]
+
+
+@pytest.mark.parametrize("kind", ["merge", "gptq"])
+def test_two_at_once(kind: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words: tuple[object, ...] = (world / "run",) if kind == "merge" else (world / "base", *SMALL)
+    words += () if kind == "merge" else ("--calib-data", world / "text.txt")
+    with only_one(tmp_path / "out"):
+        line = refused(capsys, kind, *words, "--out", tmp_path / "out", "--force")
+    assert "another export" in line
+    assert "--out" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_corrupt_safetensors(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
