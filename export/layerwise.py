@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.kernels.cpu_matmul import multiplies_bf16
+from qtrain.kernels.native_bf16 import multiplies_bf16
 
 from .checkpoint import EMBEDDING
 from .chunks import Chunks
@@ -88,11 +88,7 @@ class Compute:
 
 def native_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its products are faster; enough to calibrate by, in half the memory (lab-log.md)."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = multiplies_bf16()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
 
 
 def bytes_per_token(structure: Structure, dtype: torch.dtype) -> int:

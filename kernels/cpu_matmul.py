@@ -12,12 +12,6 @@ from torch import Tensor
 SMALLEST = 1 << 22  # multiplications below which the call costs more than it saves
 
 
-def multiplies_bf16() -> bool:
-    """Whether this CPU's bfloat16 products are faster than float32 ones (they are emulated elsewhere)."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
 def product_with(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, [M, N], for a [M, K] and w [N, K] of one dtype; no autograd."""
     if _onednn_serves(a, w):

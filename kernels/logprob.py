@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import logprob_torch
 from .choice import Backend, forced_backend
 from .logprob_inputs import check_shapes, labelled
+from .native_bf16 import multiplies_bf16
 
 
 class LogprobOutput(NamedTuple):
@@ -113,7 +114,7 @@ def _triton_obstacle(weight: Tensor) -> str | None:
         return f"hidden size {weight.shape[1]} is not a multiple of 16"
     if find_spec("triton") is None:
         return "triton is not installed"
-    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+    if weight.device.type == "cuda" and not multiplies_bf16(weight.device):
         return "the GPU is older than compute capability 8.0"
     return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qtrain.errors import UserError
-from qtrain.kernels.cpu_matmul import multiplies_bf16
+from qtrain.kernels.native_bf16 import multiplies_bf16
 from qtrain.recipe.schema import ModelSettings
 
 
@@ -31,18 +31,16 @@ def choose_compute(settings: ModelSettings, local_rank: int = 0) -> Compute:
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
         best, why = (
             (torch.bfloat16, "this GPU multiplies in bf16")
-            if native
+            if multiplies_bf16(device)
             else (torch.float16, "no bf16 before Ampere")
         )
     else:
         device = torch.device("cpu")
-        native = multiplies_bf16()
         best, why = (
             (torch.bfloat16, "this CPU multiplies in bf16 (avx512_bf16 or amx)")
-            if native
+            if multiplies_bf16(device)
             else (torch.float32, "this CPU has no bf16 matmul")
         )
     if settings.compute_dtype == "auto":

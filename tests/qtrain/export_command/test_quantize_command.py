@@ -140,7 +140,7 @@ def test_calibration_is_in_bfloat16_where_the_cpu_multiplies_in_it(
     monkeypatch: pytest.MonkeyPatch,
     native: bool,
 ) -> None:
-    monkeypatch.setattr("qtrain.export.layerwise.multiplies_bf16", lambda: native)
+    monkeypatch.setattr("qtrain.export.layerwise.multiplies_bf16", lambda _: native)
     options = (*SMALL, "--device", "cpu", "--calib-data", str(world / "text.txt"))
     found = []
     for more in ((), ("--dtype", "fp32")):
