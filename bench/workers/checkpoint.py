@@ -92,7 +92,7 @@ def load(job: dict[str, Any]) -> Any:
     if job["device"] != "cpu" or job["kind"] == "nf4":
         place["device_map"] = {"": job["device"]}
     if job["kind"] == "dequantized":
-        return _dequantized(job).to(job["device"]).eval()
+        return _dequantized(job)
     if job["kind"] == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -113,22 +113,15 @@ def load(job: dict[str, Any]) -> Any:
 
 
 def _dequantized(job: dict[str, Any]) -> Any:
-    """Packed weights unpacked by this project into a plain 16-bit model: speed and memory are that one's."""
+    """Packed weights unpacked by this project: speed and memory are those of 16 bits."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
+    from qtrain.export.unpacked_model import unpacked_model
 
-    quantized = QuantizedCheckpoint.open(Path(job["folder"]))
-    config = AutoConfig.from_pretrained(job["folder"])
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    dtype = getattr(torch, str(config.dtype or torch.bfloat16).removeprefix("torch."))
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(quantized.weight(name))
-    return model
+    stored = str(AutoConfig.from_pretrained(job["folder"]).dtype or torch.bfloat16)
+    dtype = getattr(torch, stored.removeprefix("torch."))
+    return unpacked_model(Path(job["folder"]), dtype, job["device"])
 
 
 def touch(model: Any) -> None:

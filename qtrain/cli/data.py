@@ -76,7 +76,8 @@ def _settings(format: str, max_length: int, reasoning: str, chat_template: str |
 
 def _encoder(model: str, settings: Any) -> ChatEncoder:
     from qtrain.data.template import ChatEncoder
-    from qtrain.model.load import base_folder, load_tokenizer
+    from qtrain.model.folder import base_folder
+    from qtrain.model.load import load_tokenizer
     from qtrain.recipe.schema import ModelSettings
 
     return ChatEncoder(

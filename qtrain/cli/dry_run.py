@@ -13,7 +13,8 @@ from qtrain.data.dataset import TokenDataset
 from qtrain.data.template import EncodedExample, EncodedPair
 from qtrain.model.adapter import new_adapter
 from qtrain.model.devices import choose_compute
-from qtrain.model.load import base_folder, parameter_counts
+from qtrain.model.folder import base_folder
+from qtrain.model.load import parameter_counts
 from qtrain.recipe.load import dump_recipe
 from qtrain.recipe.schema import Recipe
 from qtrain.training.prepare import check_request, parent_adapter, prepare_data

@@ -38,11 +38,16 @@ def _unlike(subjects: Sequence[Subject]) -> list[str]:
     notes = []
     runs = [subject for subject in subjects if subject.run is not None]
     bases = [subject for subject in subjects if subject.run is None]
+    exports = [subject for subject in bases if subject.export is not None]
+    bases = [subject for subject in bases if subject.export is None]
     if bases and runs:
         names = ", ".join(subject.name for subject in bases)
         notes.append(
             f"{names}: with the weights ({bases[0].weights}) and the prompts of the runs, like with like"
         )
+    if exports and runs:
+        names = ", ".join(subject.name for subject in exports)
+        notes.append(f"{names}: with their own weights and the prompts of the runs")
     for key in ("system", "reasoning", "chat_template", "max_length"):
         values = {getattr(subject.data, key) for subject in subjects}
         if len(values) > 1:

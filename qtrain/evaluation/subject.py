@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtrain.errors import UserError
+from qtrain.model.folder import packed_as
 from qtrain.recipe.load import load_recipe
 from qtrain.recipe.schema import DataSettings, ModelSettings
 from qtrain.runs.atomic import damage
@@ -30,10 +32,13 @@ class Subject:
     data: DataSettings
     run: RunDir | None = None  # None: a base model
     method: str | None = None  # of the run
+    export: str | None = None  # "16-bit", "GPTQ", ...: a checkpoint that is served as it is
 
     @property
     def weights(self) -> str:
         """How the base's weights are held, for people."""
+        if self.export is not None:
+            return self.export
         return "16-bit" if self.model.quantization == "none" else self.model.quantization
 
 
@@ -54,12 +59,26 @@ def find_subject(name: str) -> Subject:
         raise UserError(f"{name} is a file; give a run directory or a base model")
     if not path.is_dir() and name != "demo":
         _refuse_lost_path(name, path)
-    return Subject(name, ModelSettings.model_validate({"name": name}), DataSettings.model_validate({}))
+    settings = ModelSettings.model_validate({"name": name})
+    return Subject(name, settings, DataSettings.model_validate({}), export=_exported_as(path))
+
+
+def _exported_as(folder: Path) -> str | None:
+    """How the weights of an export, or of a folder that others have packed, are held."""
+    packed = packed_as(folder) if folder.is_dir() else None
+    if packed is not None:
+        return packed
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return "16-bit" if isinstance(manifest, dict) and manifest.get("kind") == "merge" else None
 
 
 def find_subjects(names: Sequence[str]) -> list[Subject]:
     """Subjects to be compared: a base model takes the quantisation and the prompt settings of the first
-    run on the same base (else of the first run), so that only what is compared differs.
+    run on the same base (else of the first run), so that only what is compared differs. An export has weights
+    of its own, and takes the prompt settings.
 
     Raises:
         UserError: as `find_subject`, or a name that is there twice.
@@ -73,6 +92,8 @@ def find_subjects(names: Sequence[str]) -> list[Subject]:
 
 
 def _like(base: Subject, runs: list[Subject]) -> Subject:
+    if base.export is not None:
+        return replace(base, data=runs[0].data) if runs else base
     same = [run for run in runs if run.model.name == base.model.name]
     if same:
         return Subject(base.name, same[0].model, same[0].data)
@@ -112,7 +133,7 @@ def open_base(subject: Subject, say: Say) -> Base:
 
     from .plain import dequantize_for_decoding
 
-    base = load_base(subject.model)
+    base = load_base(subject.model, unpack=True)
     dequantize_for_decoding(base.model, base.compute.dtype, say)
     base.model.eval()
     return base

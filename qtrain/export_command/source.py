@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtrain.errors import UserError
 from qtrain.evaluation.subject import Subject, find_subject
+from qtrain.model.folder import base_on_disk
 from qtrain.recipe.schema import DataSettings, ModelSettings
 from qtrain.runs.manifest import base_hashes
 from qtrain.runs.rundir import RunDir
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
     from qtrain.export.nf4_base import NF4Settings
 
 TEMPLATE = "chat_template.jinja"
-# what an export reads of a model on the hub
-WANTED = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-]
 
 
 @dataclass(frozen=True)
@@ -132,30 +121,6 @@ def find_source(name: str, adapter: Path | None = None) -> Source:
     )
     _compare_base(found, subject)
     return found
-
-
-def base_on_disk(settings: ModelSettings) -> Path:
-    """The folder of a base model; a hub name's files are fetched (or found in the cache).
-
-    Raises:
-        UserError: no such model.
-    """
-    from qtrain.model.load import base_folder
-
-    folder = base_folder(settings.name)
-    if Path(folder).is_dir():
-        return Path(folder)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(folder, revision=settings.revision, allow_patterns=WANTED))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{folder} can't be had from the hub: {reason}; "
-            "check the name and the network, or give a local folder"
-        ) from error
 
 
 def _compare_base(source: Source, subject: Subject) -> None:

@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from qtrain.errors import UserError
+from qtrain.export.unpacked_model import unpacked_model
 from qtrain.kernels.choice import Backend
 from qtrain.recipe.schema import ModelSettings
 
 from .attention import AttentionChoice, choose_attention
 from .devices import Compute, choose_compute
+from .folder import base_folder, base_on_disk, check_trainable, packed_as
 from .logprob import attach_logprob_forward
 
 
@@ -34,28 +36,6 @@ class Base:
     attention: AttentionChoice
 
 
-def base_folder(name: str) -> str:
-    """The folder or hub name behind `model.name`; `demo` is converted on first use.
-
-    Raises:
-        UserError: the name looks like a path, and there is no model in it.
-    """
-    if name == "demo":
-        from qtrain.demo.base_model import demo_model_folder
-
-        return str(demo_model_folder())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name: {name} holds no config.json; give a model folder or a hub name")
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"model.name: there is no folder {name}; give a model folder or a hub name (owner/name)"
-        )
-    return name
-
-
 def load_tokenizer(folder: str, settings: ModelSettings) -> Any:
     """The tokenizer of a base model, with a pad token (padding is masked by position, so any will do)."""
     with _loading(folder):
@@ -68,12 +48,20 @@ def load_tokenizer(folder: str, settings: ModelSettings) -> Any:
 
 
 def load_base(
-    settings: ModelSettings, *, packing: bool = True, local_rank: int = 0, backend: Backend | None = None
+    settings: ModelSettings,
+    *,
+    packing: bool = True,
+    local_rank: int = 0,
+    backend: Backend | None = None,
+    unpack: bool = False,
 ) -> Base:
     """Load and freeze the base model; its forward can return label log-probs (by `backend`, if given).
 
+    Args:
+        unpack: take packed weights (GPTQ, AWQ, compressed-tensors) too, unpacked; not to be trained on.
+
     Raises:
-        UserError: no such model, or it can't be read.
+        UserError: no such model, it can't be read, or its weights are packed.
     """
     folder = base_folder(settings.name)
     compute = choose_compute(settings, local_rank)
@@ -83,7 +71,28 @@ def load_base(
             folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
         attention = choose_attention(settings, config, packing)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _load_model(folder, config, settings, compute, attention, unpack=unpack)
+    freeze(model)
+    if compute.device.type == "cpu":
+        detach_from_files(model)
+    keep_nf4_layout(model)
+    attach_logprob_forward(model, backend)
+    return Base(model, tokenizer, folder, compute, attention)
+
+
+def _load_model(
+    folder: str,
+    config: Any,
+    settings: ModelSettings,
+    compute: Compute,
+    attention: AttentionChoice,
+    *,
+    unpack: bool,
+) -> Any:
+    if not unpack:
+        check_trainable(folder, config.to_dict())
+    if packed_as(Path(folder), config.to_dict()) is None:
+        return AutoModelForCausalLM.from_pretrained(
             folder,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
@@ -92,12 +101,9 @@ def load_base(
             attn_implementation=attention.implementation,
             quantization_config=_quantization(settings, compute),
         )
-    freeze(model)
-    if compute.device.type == "cpu":
-        detach_from_files(model)
-    keep_nf4_layout(model)
-    attach_logprob_forward(model, backend)
-    return Base(model, tokenizer, folder, compute, attention)
+    model = unpacked_model(base_on_disk(settings), compute.dtype, compute.device)
+    model.set_attn_implementation(attention.implementation)
+    return model
 
 
 def _quantization(settings: ModelSettings, compute: Compute) -> BitsAndBytesConfig | None:

@@ -18,8 +18,9 @@ from qtrain.errors import UserError
 from qtrain.kernels.choice import Backend
 from qtrain.model.adapter import continue_adapter, new_adapter
 from qtrain.model.checkpointing import recompute_activations
+from qtrain.model.folder import base_folder, check_trainable
 from qtrain.model.kernels import LoraKernels, keep_peft, use_lora_kernels
-from qtrain.model.load import Base, base_folder, load_base, load_tokenizer
+from qtrain.model.load import Base, load_base, load_tokenizer
 from qtrain.model.logprob import logprob_path
 from qtrain.recipe.schema import Recipe
 from qtrain.runs.rundir import RunDir, finished_run
@@ -56,8 +57,11 @@ def check_request(recipe: Recipe) -> None:
     """What can be refused before anything is read or written.
 
     Raises:
-        UserError: an optimizer without its device, a logger that is not installed, FSDP for one process.
+        UserError: a base with packed weights, an optimizer without its device, a logger that is not
+            installed, FSDP for one process.
     """
+    if recipe.model.name != "demo":
+        check_trainable(recipe.model.name)
     settings = recipe.training
     if settings.optimizer != "adamw" and not torch.cuda.is_available():
         raise UserError(f"training.optimizer is {settings.optimizer}, which needs a CUDA device; use adamw")
