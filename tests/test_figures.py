@@ -53,17 +53,6 @@ def test_exports_in_the_readme() -> None:
         assert figures == [cells[name][3], cells[name][6], cells[name][8]]
 
 
-@pytest.mark.parametrize("size", sorted({row["group_size"] for row in result("quantizers")["rows"]}))
-def test_quantizers_table(size: int) -> None:
-    found = result("quantizers")
-    rows = [quantizer_report.cells(row) for row in found["rows"] if row["group_size"] == size]
-    pairs = [
-        quantizer_report.compared_cells(its) for its in found["comparisons"] if its["group_size"] == size
-    ]
-    assert markdown_table(quantizer_report.COLUMNS, rows) in BENCHMARKS
-    assert markdown_table(quantizer_report.COMPARED, pairs) in BENCHMARKS
-
-
 def test_ops_table() -> None:
     cases: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in result("kernels")["rows"]:
