@@ -58,7 +58,8 @@ bench: $(VENV)/.installed  ## a small version of every benchmark on the CPU (und
 		--quick --budget 20 --limit 2 --max-new-tokens 64 --engine transformers --out $(QUICK)/checkpoints.json
 	$(BIN)/qtrain bench report $(QUICK) $(if $(filter demo,$(SUBJECT)),,--runs $(SUBJECT)) --out $(QUICK)/report.html \
 		--png $(QUICK)/steps.png
-	$(BIN)/qtrain bench report docs/benchmarks --out docs/benchmarks/report.html --png docs/benchmarks/training-steps.png
+	$(BIN)/qtrain bench report docs/benchmarks $(addprefix --runs ,$(wildcard docs/benchmarks/curves/*)) \
+		--out docs/benchmarks/report.html --png docs/benchmarks/training-steps.png
 
 bench-quant: $(VENV)/.installed  ## 4-bit exports against GPTQModel, llm-compressor and auto-round
 	$(BIN)/qtrain bench quantizers

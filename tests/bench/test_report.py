@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qtrain.bench.report.axes import Axis, logarithmic, spread
-from qtrain.bench.report.source import times
+from qtrain.bench.report.source import read_source, times
 from qtrain.bench.report.text import digits, quantity
 from qtrain.bench.result_files import read_results
 from qtrain.cli import app
@@ -227,13 +227,18 @@ def test_a_run_may_stand_among_the_files(tmp_path: Path) -> None:
 def test_the_committed_page_is_of_the_committed_results() -> None:
     """Each time on it is in its file: `qtrain bench report --out docs/benchmarks/report.html` makes it."""
     folder = Path(__file__).parents[2] / "docs" / "benchmarks"
-    shown = Tables((folder / "report.html").read_text()).rows()
+    parsed = Tables((folder / "report.html").read_text())
+    shown = parsed.rows()
     files = {path.stem: read_results(path) for path in folder.glob("*.json")}
     assert {row["file"][0] for row in shown} <= set(files)
     for name in {row["file"][0] for row in shown}:
         medians = [float(row["p50, ms"][1] or 0) for row in shown if row["file"][0] == name]
         expected = [time.p50 if (time := times(row)) is not None else 0 for row in files[name].rows]
         assert medians == pytest.approx(expected), name
+    for run in read_source([folder], sorted((folder / "curves").iterdir())).runs:
+        losses = [step["loss"] for step in run.steps if "loss" in step]
+        said = rf"{run.name}: loss {losses[0]:.3g}\d* at first, .* of {len(losses)} steps"
+        assert re.search(said, parsed.text), run.name
 
 
 @pytest.mark.parametrize(
