@@ -55,7 +55,7 @@ bench: $(VENV)/.installed  ## a small version of every benchmark on the CPU (und
 	$(BIN)/qtrain export awq $(SUBJECT) $(SHORT) --out $(EXPORTS)/awq
 	$(if $(filter demo,$(SUBJECT)),,test -d $(SUBJECT)/export/merged || $(BIN)/qtrain export merge $(SUBJECT) --rows 0)
 	$(BIN)/qtrain bench checkpoints $(SUBJECT) $(EXPORTS)/gptq $(EXPORTS)/awq --data demo --gate off \
-		--quick --budget 20 --limit 2 --max-new-tokens 64 --engine transformers --out $(QUICK)/checkpoints.json
+		--quick --budget 10 --limit 2 --max-new-tokens 16 --engine transformers --out $(QUICK)/checkpoints.json
 	$(BIN)/qtrain bench report $(QUICK) $(if $(filter demo,$(SUBJECT)),,--runs $(SUBJECT)) --out $(QUICK)/report.html \
 		--png $(QUICK)/steps.png
 	$(BIN)/qtrain bench report docs/benchmarks $(addprefix --runs ,$(wildcard docs/benchmarks/curves/*)) \

@@ -120,14 +120,18 @@ def main(words: Sequence[str] | None = None) -> None:
             f"({before:.0f} MiB), {found['wall_s']:.0f} s, {found['cpu_s']:.0f} CPU s\n"
         )
         sys.stdout.flush()
-    if chosen.json is not None:
-        result = {
-            "kind": "export memory",
-            "provenance": provenance(),
-            "protocol": {"threads": export.threads, "setting": {"shape": SHAPE | chosen.shape}},
-            "rows": rows,
-        }
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if chosen.json is not None:  # after each: the next takes an hour
+            _write(chosen.json, rows, export, SHAPE | chosen.shape)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], export: Export, shape: dict[str, Any]) -> None:
+    result = {
+        "kind": "export memory",
+        "provenance": provenance(),
+        "protocol": {"threads": export.threads, "setting": {"shape": shape}},
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
