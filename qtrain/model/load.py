@@ -73,8 +73,6 @@ def load_base(
         attention = choose_attention(settings, config, packing)
         model = _load_model(folder, config, settings, compute, attention, unpack=unpack)
     freeze(model)
-    if compute.device.type == "cpu":
-        detach_from_files(model)
     keep_nf4_layout(model)
     attach_logprob_forward(model, backend)
     return Base(model, tokenizer, folder, compute, attention)
@@ -92,7 +90,7 @@ def _load_model(
     if not unpack:
         check_trainable(folder, config.to_dict())
     if packed_as(Path(folder), config.to_dict()) is None:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
@@ -101,6 +99,9 @@ def _load_model(
             attn_implementation=attention.implementation,
             quantization_config=_quantization(settings, compute),
         )
+        if compute.device.type == "cpu":
+            detach_from_files(model)
+        return model
     model = unpacked_model(base_on_disk(settings), compute.dtype, compute.device)
     model.set_attn_implementation(attention.implementation)
     return model
