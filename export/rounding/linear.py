@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ExportError
 from ..formats.quantized import QuantizedLinear
 from ..formats.scheme import Scheme
+from ..memory import release_free_memory
 from .curvature import Curvature
 from .feedback import round_with_feedback
 from .grid import RANGES, nearest, search_grid
@@ -75,7 +76,10 @@ def round_linears(
     rows = []
     with few_threads(sum(sizes) * weights[0].shape[1]):
         for group in groups:
-            for part in (torch.cat(group) if len(group) > 1 else group[0]).split(at_once):
+            parts = (torch.cat(group) if len(group) > 1 else group[0]).split(at_once)
+            for part in parts:
+                if len(parts) > 1:
+                    release_free_memory()  # each leaves holes in the heap, beside the largest matrices
                 rows.append(_round_rows(part, curvature, scheme, rounding, refine, lowest_zero, ranges))
     whole = _Rows(*(torch.cat(parts) for parts in zip(*map(_fields, rows), strict=True)))
     g_idx = _g_idx(curvature, scheme)
