@@ -62,7 +62,7 @@ def calibration_and_held_out(
         UserError, ExportError: no rows, bad rows, windows that the model can't take.
     """
     rows = calibration_rows(source, settings)
-    held_out = _held_out(source, settings)
+    held_out = held_out_rows(source, settings)
     kept_back: list[int] = []
     if held_out is None:
         count = min(settings.rows, len(rows) // KEPT_BACK)
@@ -79,7 +79,7 @@ def calibration_and_held_out(
     return found, held_out
 
 
-def _held_out(source: Source, settings: RowsSettings) -> Windows | None:
+def held_out_rows(source: Source, settings: RowsSettings) -> Windows | None:
     """Rows of `data`, or the run's held-out ones; None where there are none and some are to be kept back."""
     if not settings.rows:
         return held_out_windows(source, settings.data, 0, settings.tokens)

@@ -18,7 +18,7 @@ from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
 from qtrain.export.structure import find_structure
 from qtrain.export.verify import Bounds, Verdict, check_gate, measure, parse_gate
 
-from .calibrate import RowsSettings, calibration_and_held_out, text_windows
+from .calibrate import RowsSettings, calibration_and_held_out, held_out_rows, text_windows
 from .merge import merged_weights
 from .quantize_options import CHOICES, one_of
 from .rows import Windows, ends_of, held_out_windows, stop_check
@@ -64,6 +64,9 @@ def export_verify(folder: Path, options: VerifyOptions, console: Console) -> Ver
     for line in source.notes:
         say(console, f"note: {line}")
     windows = _windows(source, options, manifest, weights)
+    if options.rows is not None and len(windows.ids) < options.rows:
+        found = f"{len(windows.ids)} rows, all that {', '.join(windows.files)} has for it"
+        say(console, f"note: --rows is {options.rows}, measured on {found}; --data FILE gives others")
     stops = stop_check(source, folder)
     if stops["note"]:
         warn(console, stops["note"])
@@ -168,20 +171,12 @@ def _reference(
 def _windows(
     source: Source, options: VerifyOptions, manifest: Mapping[str, Any], weights: MergedWeights
 ) -> Windows:
+    """The export's rows, or `options.data`'s; as many as `options.rows` says, if there are as many."""
     settings = manifest.get("gate", {}).get("settings")
-    count, tokens = options.rows or ROWS, options.tokens or TOKENS
     if settings is not None and not options.data:
-        rows = RowsSettings(
-            calib=settings["calib"],
-            length=settings["calib_length"],
-            files=settings["calib_data"],
-            seed=settings["seed"],
-            data=settings["data"],
-            rows=settings["rows"] or ROWS,  # which rows are kept back depends on it
-            tokens=options.tokens or settings["tokens"],
-        )
-        windows = calibration_and_held_out(source, rows, find_structure(weights.folder).model.config)[1]
+        windows = _export_rows(source, options, settings, weights)
     else:
+        count, tokens = options.rows or ROWS, options.tokens or TOKENS
         rows = RowsSettings(1, tokens, [], 0, options.data, count, tokens)
         windows = text_windows(source, rows) or held_out_windows(source, options.data, count, tokens)
     if sum(map(len, windows.ids)) < 2:
@@ -189,3 +184,23 @@ def _windows(
         raise UserError(f"no rows to measure on: {missing}; give --data FILE")
     kept = slice(options.rows)
     return replace(windows, ids=windows.ids[kept], learnt=windows.learnt[kept])
+
+
+def _export_rows(
+    source: Source, options: VerifyOptions, settings: Mapping[str, Any], weights: MergedWeights
+) -> Windows:
+    """What the export was measured on, and more of it where it was not kept back from the calibration."""
+    rows = RowsSettings(
+        calib=settings["calib"],
+        length=settings["calib_length"],
+        files=settings["calib_data"],
+        seed=settings["seed"],
+        data=settings["data"],
+        rows=settings["rows"] or ROWS,  # which rows are kept back depends on it
+        tokens=options.tokens or settings["tokens"],
+    )
+    windows = calibration_and_held_out(source, rows, find_structure(weights.folder).model.config)[1]
+    more = options.rows is not None and options.rows > len(windows.ids)
+    if more and windows.files != (rows.files or source.data.train):
+        return held_out_rows(source, replace(rows, rows=options.rows)) or windows
+    return windows

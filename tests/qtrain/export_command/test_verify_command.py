@@ -247,6 +247,26 @@ def test_what_the_manifest_says_is_enough(
     assert "name it: --reference RUN|MODEL" in capsys.readouterr().err
 
 
+def test_more_rows_than_the_export_was_measured_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_rows(
+        tmp_path / "held-out.jsonl", [{"instruction": f"day {n}", "output": "x"} for n in range(9)]
+    )
+    words = ("--calib-data", world / "rows.jsonl", "--data", held_out, "--rows", 2, "--out", tmp_path / "out")
+    assert _run("gptq", world / "base", *SMALL, *words, "--gate", "off") == 0
+    measured = {}
+    for rows in (2, 7, 50):
+        capsys.readouterr()
+        assert _run("verify", tmp_path / "out", "--rows", rows) == 0
+        text = capsys.readouterr().out.replace("\n", " ")
+        measured[rows] = int(text.split("16 bits, ")[1].split()[0])
+        assert ("measured on 9 rows" in text) == (rows == 50)
+    assert measured[2] * 7 == measured[7] * 2 == measured[50] * 14 / 9
+    assert _run("verify", world / "gptq", "--rows", 50) == 0  # others than those kept back were calibrated on
+    assert "measured on 2 rows" in capsys.readouterr().out.replace("\n", " ")
+
+
 @pytest.mark.parametrize(("off_by", "code"), [(0.01, 0), (1.0, 1)])
 def test_a_reader_is_held_to_our_reading(
     off_by: float,
