@@ -200,7 +200,7 @@ def _export_rows(
         tokens=options.tokens or settings["tokens"],
     )
     windows = calibration_and_held_out(source, rows, find_structure(weights.folder).model.config)[1]
-    more = options.rows is not None and options.rows > len(windows.ids)
-    if more and windows.files != (rows.files or source.data.train):
-        return held_out_rows(source, replace(rows, rows=options.rows)) or windows
+    wanted = options.rows or 0
+    if wanted > len(windows.ids) and windows.files != (rows.files or source.data.train):
+        return held_out_rows(source, replace(rows, rows=wanted)) or windows
     return windows
