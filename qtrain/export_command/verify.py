@@ -199,8 +199,8 @@ def _export_rows(
         rows=settings["rows"] or ROWS,  # which rows are kept back depends on it
         tokens=options.tokens or settings["tokens"],
     )
-    windows = calibration_and_held_out(source, rows, find_structure(weights.folder).model.config)[1]
-    wanted = options.rows or 0
-    if wanted > len(windows.ids) and windows.files != (rows.files or source.data.train):
-        return held_out_rows(source, replace(rows, rows=wanted)) or windows
-    return windows
+    more = replace(rows, rows=max(rows.rows, options.rows or 0))
+    held_out = held_out_rows(source, more)
+    if held_out is not None:
+        return held_out
+    return calibration_and_held_out(source, rows, find_structure(weights.folder).model.config)[1]
