@@ -1,14 +1,15 @@
-"""The tables of README and docs/benchmarks.md hold what the committed JSON files hold."""
+"""README and docs hold what the committed JSON files hold."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtrain.bench import quantizer_report, train_report
+from qtrain.bench import layer_model, quantizer_report, train_report
 from qtrain.bench.statistics import ratio_of_medians
 from qtrain.bench.table import figure, markdown_table
 
@@ -16,6 +17,17 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "benchmarks"
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+KERNELS = (ROOT / "docs" / "kernels.md").read_text()
+EXPERIMENTS = json.loads((ROOT / "docs" / "experiments.json").read_text())["entries"]
+# launches of docs/kernels.md and what `qtrain bench cards` calls them
+LOGPROB = {
+    "`_statistics`": "statistics bf16 128x256x64",
+    "the same, and P_j": "statistics and P bf16 128x256x64",
+    "`_units`": "units",
+    "`_accumulate`": "accumulate bf16 128x256x64",
+    "`_logit_gradient`": "logit gradient bf16 128x256x64",
+    "`_head_gradient`": "head gradient bf16 128x256x32",
+}
 
 
 def result(name: str) -> dict[str, Any]:
@@ -27,7 +39,11 @@ def lines_of(text: str, heading: str) -> list[list[str]]:
     """The cells of the tables behind a heading, line by line, without the first one's headings."""
     part = text.split(f"\n{heading}\n", 1)[1].split("\n#", 1)[0]
     lines = [line for line in part.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [cells(line) for line in lines[2:]]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
 
 
 @pytest.mark.parametrize("task", ["dpo", "sft"])
@@ -46,11 +62,11 @@ def test_training_in_the_readme() -> None:
 
 def test_exports_in_the_readme() -> None:
     rows = [row for row in result("quantizers")["rows"] if row["group_size"] == 64]
-    cells = {row["name"]: quantizer_report.cells(row) for row in rows}
+    measured = {row["name"]: quantizer_report.cells(row) for row in rows}
     table = lines_of(README, "## Measured")[8:]
     assert len(table) == 7
     for name, *figures in table:
-        assert figures == [cells[name][3], cells[name][6], cells[name][8]]
+        assert figures == [measured[name][3], measured[name][6], measured[name][8]]
 
 
 def test_ops_table() -> None:
@@ -93,3 +109,57 @@ def test_demo_in_the_readme() -> None:
                 if its.startswith(f"    {line['subject']} ") and value in its
             ]
             assert any(f"[{low:.1f}, {high:.1f}]" in its for its in found), line
+
+
+def specimens() -> dict[str, dict[str, Any]]:
+    return {its["specimen"]: its for its in result("cards")["cards"]}
+
+
+def test_instructions_of_lora_linear() -> None:
+    cards = specimens()
+    table = lines_of(KERNELS, "### The decode")
+    assert len(table) == 7
+    for what, tile, registers, others in table:
+        kernel, base, *more = [its.strip() for its in what.split(",")]
+        decode = {"nested NF4": "nf4 nested", "NF4": "nf4", "16-bit": "16-bit"}[base]
+        size = tile.split(",")[0].replace(" ", "")
+        card = cards[" ".join(["lora_linear", kernel, decode, "bf16", size, "r=64", *more])]
+        assert tile.split(",")[1:] == [f" {card['num_warps']} warps", f" {card['num_stages']} stages"]
+        assert [registers, others] == [str(card["registers"]), f"{card['other_per_mma']:.2f}"], what
+
+
+def test_instructions_of_linear_logprob() -> None:
+    cards = specimens()
+    table = {line[0].split(":")[0].split(" =")[0]: line[1:] for line in lines_of(KERNELS, "### In Triton")}
+    assert table.keys() == LOGPROB.keys() | {"`_finish`"}
+    for name, specimen in LOGPROB.items():
+        card = cards[f"linear_logprob {specimen}"]
+        others = "–" if card["other_per_mma"] is None else f"{card['other_per_mma']:.2f}"
+        assert table[name][1] == str(card["registers"]), name
+        assert table[name][2].split(" ")[0] == others, name
+
+
+def test_modelled_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    layer_model.layer(markdown=True)
+    assert capsys.readouterr().out.strip() in KERNELS
+
+
+@pytest.mark.parametrize("entry", EXPERIMENTS, ids=lambda its: its["entry"])
+def test_experiments(entry: dict[str, Any]) -> None:
+    """Tables cell by cell; in the prose every figure with a decimal point."""
+    text = (ROOT / "docs" / entry["document"]).read_text()
+    part = re.split(r"\n##+ ", text.split(f"# {entry['entry']}\n", 1)[1])[0]
+    tables = re.findall(r"(?:^\|.*\n)+", re.sub(r"\*\*|`", "", part) + "\n", flags=re.MULTILINE)
+    shown = [[cells(line) for line in table.splitlines()] for table in tables]
+    for table in entry["tables"]:
+        assert [table["columns"], *table["rows"]] in [[head, *rows] for head, _, *rows in shown]
+    assert entry["figures"] or entry["tables"]
+    known = set(re.findall(r"\d+\.\d+", json.dumps(entry)))
+    prose = "\n".join(line for line in part.splitlines() if not line.startswith("|"))
+    found = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", re.sub(r"`[^`]*`", "", prose))
+    assert set(found) <= known
+
+
+def test_every_experiment_of_the_lab_log() -> None:
+    titles = re.findall(r"^## (.*)$", (ROOT / "docs" / "lab-log.md").read_text(), flags=re.MULTILINE)
+    assert titles == [its["entry"] for its in EXPERIMENTS if its["document"] == "lab-log.md"]
