@@ -259,6 +259,8 @@ def vllm_server(
         scratch: a folder for its log and caches.
         longest: tokens of a request, with those that are made.
         sequences: requests that it works on at once.
+        threads: of all of it. One is the HTTP server's, as vLLM's own choice is: with as many as there are
+            processors, each token waits until the two have been scheduled past each other.
     """
     peer = Peer(ENVIRONMENTS["vllm"], cache)
     options = ["--dtype", dtype, "--max-model-len", str(longest), "--enforce-eager"]
@@ -273,11 +275,14 @@ def vllm_server(
         "VLLM_CACHE_ROOT": str(scratch / "cache"),
         "VLLM_CONFIG_ROOT": str(scratch / "config"),
         "PYTHONUNBUFFERED": "1",
+        "GOMP_SPINCOUNT": "20000",  # a thread that sleeps at every product's end takes longer to wake
     }
+    inherited = environment(max(1, threads - 1))
+    del inherited["OMP_WAIT_POLICY"]  # it would come first
     return serving(
         peer.folder / "bin" / "vllm",
         folder,
-        environment(threads) | settings,
+        inherited | settings,
         log=scratch / "vllm.log",
         options=options,
         timeout_s=timeout_s,
