@@ -101,11 +101,14 @@ def run_layer(
     for stage in stages:
         sums = None
         for index in range(len(stream.states)):
-            inputs = changing.run_until(stage, index)
+            seen = changing.run_until(stage, index)
             reference = None if beside is None else beside.run_through(stage, index, last=stage is stages[-1])
-            sums = sums or _sums_for(inputs, reference)
-            sums.add(inputs, reference)
-            del inputs, reference  # rounding needs the memory
+            sums = sums or _sums_for(seen, reference)
+            if reference is None:
+                sums.add(seen.inputs)
+            else:
+                sums.add(seen.inputs, reference.inputs, _behind(seen, reference))
+            del seen, reference  # rounding needs the memory
         if beside is not None:
             beside.done(stage, last=stage is stages[-1])
         release_free_memory()
@@ -115,8 +118,30 @@ def run_layer(
     changing.finish()
 
 
-def _sums_for(inputs: Tensor, reference: Tensor | None) -> GramSum:
-    return GramSum(inputs.shape[-1], drift=reference is not None, device=inputs.device)
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A chunk at a stage.
+
+    Attributes:
+        inputs: of its linear modules.
+        residual: what their output is going to be added to; None where it is not known or not asked for.
+    """
+
+    inputs: Tensor
+    residual: Tensor | None
+
+
+def _sums_for(seen: _Seen, reference: _Seen | None) -> GramSum:
+    x, r = seen.inputs, None if reference is None else reference.residual
+    outputs = 0 if r is None else r.shape[-1]
+    return GramSum(x.shape[-1], drift=reference is not None, outputs=outputs, device=x.device)
+
+
+def _behind(seen: _Seen, reference: _Seen) -> Tensor | None:
+    """By how much what the output is added to lags behind the original model's."""
+    if seen.residual is None or reference.residual is None:
+        return None
+    return reference.residual - seen.residual
 
 
 def _states(output: Any) -> Tensor:
@@ -146,6 +171,23 @@ class _Running:
                 restore.enter_context(_answers(self._layer.get_submodule(name), answer))
             return _states(self._layer(read(self._stream.states, index), **self._stream.call))
 
+    def _watch(self, stage: Stage, hooks: contextlib.ExitStack, *, stop: bool) -> Callable[[], _Seen]:
+        """What a run comes to at a stage, which ends it if `stop`."""
+        residual: list[Tensor] = []
+        inputs: list[Tensor] = []
+
+        def reach(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            inputs.append(given[0])
+            if stop:
+                raise _Reached
+
+        if stage.residual is not None:
+            reader = self._layer.get_submodule(stage.residual)
+            handle = reader.register_forward_pre_hook(lambda _, given: residual.append(given[0]))
+            hooks.callback(handle.remove)
+        hooks.callback(self._layer.get_submodule(stage.linears[0]).register_forward_pre_hook(reach).remove)
+        return lambda: _Seen(inputs[0], residual[0] if residual else None)
+
     def _close(self) -> None:
         for outputs, _ in self._outputs.values():
             outputs.clear()
@@ -159,23 +201,16 @@ class _Changing(_Running):
         super().__init__(stream, kept)
         self._inputs = kept()
 
-    def run_until(self, stage: Stage, index: int) -> Tensor:
-        """A chunk's inputs of a stage's linear modules; those of a child's last one are kept."""
-        seen: list[Tensor] = []
-
-        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0])
-            raise _Reached
-
-        handle = self._layer.get_submodule(stage.linears[0]).register_forward_pre_hook(stop)
-        try:
+    def run_until(self, stage: Stage, index: int) -> _Seen:
+        """A chunk up to a stage's linear modules; the inputs of a child's last one are kept."""
+        with contextlib.ExitStack() as hooks:
+            seen = self._watch(stage, hooks, stop=True)
             with contextlib.suppress(_Reached):
                 self._run(index)
-        finally:
-            handle.remove()
+        found = seen()
         if stage.gives is not None:
-            self._inputs.append(seen[0])
-        return seen[0]
+            self._inputs.append(found.inputs)
+        return found
 
     def done(self, stage: Stage) -> None:
         """Say that a stage is quantised: what its child gives out is its output now, where it is the last."""
@@ -202,30 +237,23 @@ class _Unchanged(_Running):
         super().__init__(stream, kept)
         self._given = kept()
 
-    def run_through(self, stage: Stage, index: int, *, last: bool) -> Tensor:
-        """A chunk's inputs of a stage's linear modules; at a child's last stage it gives its output too."""
-        seen: list[Tensor] = []
-
-        def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0])
-            if stage.gives is None:
-                raise _Reached
+    def run_through(self, stage: Stage, index: int, *, last: bool) -> _Seen:
+        """A chunk up to a stage's linear modules; at a child's last stage it gives its output too."""
 
         def give(_: nn.Module, __: Any, output: Any) -> None:
             self._given.append(_states(output))
             raise _Reached
 
         with contextlib.ExitStack() as hooks:
-            first = self._layer.get_submodule(stage.linears[0])
-            hooks.callback(first.register_forward_pre_hook(read).remove)
+            seen = self._watch(stage, hooks, stop=stage.gives is None)
             if last:
                 self._stream.out.append(self._run(index, last=True))
-                return seen[0]
+                return seen()
             child = self._layer.get_submodule(stage.container)
             hooks.callback(child.register_forward_hook(give).remove)
             with contextlib.suppress(_Reached):
                 self._run(index)
-        return seen[0]
+        return seen()
 
     def done(self, stage: Stage, *, last: bool) -> None:
         """Say that all chunks went through a stage; after the layer's last its memory is given back."""

@@ -48,14 +48,14 @@ def planned_cost(
     beside = weights * compute.dtype.itemsize if models == 2 else 0
     peak = max(
         max(
-            held + beside + models * 4 * its.width**2 + activations,  # H (and D) while it is summed
+            held + beside + its.summing_bytes + activations,
             held + its.rounding_bytes + (beside if its is not stages[-1] else 0),
         )
         for its in stages
     )
     forward = 2.0 * weights * tokens * models
     squares = sum(float(tokens) * its.width**2 for its in stages)
-    drift = 2 * (models - 1) * squares
+    drift = 2.0 * tokens * sum(its.drifts for its in stages)
     exact = 1.25 * squares + sum(its.products for its in stages)
     return PlannedCost(peak, structure.count * (forward + drift), structure.count * exact)
 
@@ -63,6 +63,8 @@ def planned_cost(
 @dataclass(frozen=True, slots=True)
 class _StageCost:
     width: int
+    summing_bytes: int  # H, and where corrected D and E
+    drifts: int  # entries of D and E
     rounding_bytes: int
     products: float
 
@@ -73,6 +75,7 @@ def _of_stage(layer: nn.Module, stage: Stage, settings: StageSettings) -> _Stage
     rows = sum(module.out_features for module in modules)
     slice_bytes = 4 * min(AT_ONCE, rows * width)
     corrected = 4 * rows * width if settings.correction else 0
+    drifts = (width + (rows if stage.residual else 0)) * width if settings.correction else 0
     integers = rows * width
     needed = 2 * 4 * width**2 + corrected + integers + COPIES * slice_bytes
     of_weight = float(rows) * width**2
@@ -80,4 +83,4 @@ def _of_stage(layer: nn.Module, stage: Stage, settings: StageSettings) -> _Stage
     products += (3 + 3 * settings.refine) * of_weight if settings.refine else of_weight
     if settings.correction:
         products += 4 * of_weight
-    return _StageCost(width, needed, products)
+    return _StageCost(width, 4 * (width**2 + drifts), drifts, needed, products)

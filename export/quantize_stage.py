@@ -35,7 +35,7 @@ class StageSettings:
         keep_last_states: keep the states behind the last layer, for lm_head.
         scaling: `awq` chooses channel scales (awq/scales.py), folded into the norm or linear module before.
         clip: search how far each group's range is clipped, where rounding is to the nearest.
-        correction: GPTAQ's strength, 0 .. 1.
+        correction: strength of the correction for what earlier layers lost (rounding/correction.py), 0 .. 1.
     """
 
     rounding: Rounding = "gptq"
@@ -110,9 +110,9 @@ def quantize_stage(
         name: linear(layer, name).weight.data for members in alike.values() for name in members
     }
     gram = sums.finish()
-    missing = missing_products(weights, sums.take_drift()) if settings.correction else {}
+    missing, missed = _missing(stage, weights, sums) if settings.correction else ({}, [])
     found = curvature(gram, order=settings.act_order, damp=settings.damp, name=names[first])
-    notes = _notes(sums, found, settings)
+    notes = _notes(sums, found, settings) + missed
     for name, lacking in missing.items():
         weights[name] = corrected_weight(weights[name], lacking, found, settings.correction)
     reason = why_not(stage, links, schemes, earlier) if settings.scaling == "awq" else ""
@@ -157,6 +157,16 @@ def quantize_stage(
             if scales is not None:
                 linear(layer, name).weight.div_(scales)
     return result
+
+
+def _missing(
+    stage: Stage, weights: Mapping[str, Tensor], sums: GramSum
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the outputs lack, with a note where that is not all."""
+    drift, residual_drift = sums.take_drift()
+    alone = stage.gives is not None and residual_drift is None
+    notes = ["what its output is added to was not found: corrected for its own inputs only"] if alone else []
+    return missing_products(weights, drift, residual_drift), notes
 
 
 def _notes(sums: GramSum, found: Curvature, settings: StageSettings) -> list[str]:

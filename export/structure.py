@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .checkpoint import EMBEDDING
 from .errors import ExportError
@@ -28,12 +29,15 @@ class Stage:
         container: the layer's child that holds them.
         gives: how many values the container gives out after this stage, first the output of its only linear
             module, the others None; 1 is a tensor, more are a tuple. None where the container goes on.
+        residual: a module whose input that output is added to (a norm, which reads the residual stream
+            first); None where it is added to nothing that a module has read.
     """
 
     linears: tuple[str, ...]
     norm: str | None
     container: str
     gives: int | None = None
+    residual: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,15 +213,19 @@ def _trace(layer: nn.Module, call: dict[str, Any], width: int) -> tuple[Stage, .
     read: list[tuple[str, Tensor]] = []  # (linear, its input) in the order of running
     made: list[tuple[str, Tensor]] = []  # (norm, its output)
     given: dict[str, Any] = {}
+    taken: dict[str, Tensor] = {}
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         given[names[module]] = output
+        if inputs:
+            taken[names[module]] = inputs[0]
         if isinstance(module, nn.Linear):
             read.append((names[module], inputs[0]))
         elif _scales_its_output(module):
             made.append((names[module], output))
 
-    with _hooks(layer, watch), torch.inference_mode():
+    sums = _Sums()
+    with _hooks(layer, watch), torch.inference_mode(), sums:
         layer(torch.zeros(1, 4, width, device="meta"), **_to_meta(call))
     stages = []
     for tensor in _distinct(tensor for _, tensor in read):
@@ -225,8 +233,31 @@ def _trace(layer: nn.Module, call: dict[str, Any], width: int) -> tuple[Stage, .
         norms = [name for name, output in made if output is tensor]
         container = linears[0].split(".")[0]
         gives = _values(given[container], given[linears[0]]) if len(linears) == 1 else None
-        stages.append(Stage(linears, norms[0] if norms else None, container, gives))
+        residual = None
+        if gives is not None:
+            other = sums.added_to(given[linears[0]])
+            residual = next((name for name, first in taken.items() if first is other), None)
+        stages.append(Stage(linears, norms[0] if norms else None, container, gives, residual))
     return tuple(stages)
+
+
+class _Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers what was added to what."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and not (kwargs or {}):
+            self._pairs.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+    def added_to(self, output: Tensor) -> Any:
+        """The other one of a sum; None where there is no sum, or more than one."""
+        pairs = [pair for pair in self._pairs if any(part is output for part in pair)]
+        others = [right if left is output else left for left, right in pairs]
+        return others[0] if len(others) == 1 else None
 
 
 def _values(output: Any, first: Tensor) -> int | None:

@@ -16,66 +16,64 @@ TOKENS = 2048  # in one product: what lies beside the sums stays small
 
 
 class GramSum:
-    """H = sum over tokens of x^T x, and D = sum of (y - x)^T x: y is the same tokens' in another model.
+    """H = sum over tokens of x^T x, and where asked D = sum of (y - x)^T x and E = sum of (s - r)^T x.
+
+    y and s are the same tokens' x and r in another model; r is what the layer's output is added to.
 
     Args:
         width: K.
         drift: keep D as well.
+        outputs: N, to keep E as well.
 
     Attributes:
         gram: [K, K] float32; whole after `finish`.
-        drift: [K, K] float32 or None.
+        drift: D, [K, K] float32, or None.
+        residual_drift: E, [N, K] float32, or None.
         tokens: rows added so far.
     """
 
-    def __init__(self, width: int, *, drift: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, width: int, *, drift: bool = False, outputs: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         self.gram = torch.zeros(width, width, device=device)
         self.drift = torch.zeros(width, width, device=device) if drift else None
+        self.residual_drift = torch.zeros(outputs, width, device=device) if outputs else None
         self.tokens = 0
 
-    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
-        """Add tokens.
+    def add(self, inputs: Tensor, reference: Tensor | None = None, behind: Tensor | None = None) -> None:
+        """Add tokens. Inputs of 16 bits are multiplied in bfloat16 for D and E: these are small beside H, and
+        are needed with few digits.
 
         Args:
             inputs: x, [.., K], any float dtype.
-            reference: y, of the same shape; needed where D is kept. Inputs of 16 bits are multiplied in
-                bfloat16: D is small beside H, and is needed with few digits.
+            reference: y, of the same shape; needed where D is kept.
+            behind: s - r, [.., N]; needed where E is kept.
         """
-        width = inputs.shape[-1]
-        others = None if reference is None else reference.detach().reshape(-1, width)
-        for first in range(0, inputs.numel() // width, TOKENS):
+        x = _tokens(inputs)
+        y = None if reference is None else _tokens(reference)
+        lag = None if behind is None else _tokens(behind)
+        for first in range(0, x.shape[0], TOKENS):
             part = slice(first, first + TOKENS)
-            self._add(inputs.detach().reshape(-1, width)[part], None if others is None else others[part])
-
-    def _add(self, x: Tensor, y: Tensor | None) -> None:
-        across = x.t().to(torch.float32, memory_format=torch.contiguous_format)  # [K, T]
-        for rows in _strips(x.shape[1], BLOCKS):
-            self.gram[rows, rows.start :] += product_with(across[rows], across[rows.start :])  # upper blocks
+            across = x[part].t().to(torch.float32, memory_format=torch.contiguous_format)  # [K, T]
+            for rows in _strips(x.shape[1], BLOCKS):
+                self.gram[rows, rows.start :] += product_with(across[rows], across[rows.start :])  # above
+            if self.drift is not None:
+                _accumulate(self.drift, _given(y, "reference")[part] - x[part], x[part], across)
+            if self.residual_drift is not None:
+                _accumulate(self.residual_drift, _given(lag, "behind")[part], x[part], across)
         self.tokens += x.shape[0]
-        if self.drift is None:
-            return
-        if y is None:
-            raise ValueError("reference is missing: this sum keeps the drift")
-        if x.dtype == torch.float32:
-            moved = y.t() - across
-            for rows in _strips(x.shape[1], 1):
-                self.drift[rows] += product_with(moved[rows], across)
-        else:
-            short = x.to(torch.bfloat16)
-            moved = (y - x).to(torch.bfloat16).t()
-            for rows in _strips(x.shape[1], 1):
-                self.drift[rows] += moved[rows] @ short
 
-    def take_drift(self) -> Tensor:
-        """D, which is not kept any longer.
+    def take_drift(self) -> tuple[Tensor, Tensor | None]:
+        """D, and E if it was kept; they are not kept any longer.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no D.
         """
         if self.drift is None:
             raise ValueError("the drift is missing: this sum was not told to keep it")
-        drift, self.drift = self.drift, None
-        return drift
+        found = self.drift, self.residual_drift
+        self.drift = self.residual_drift = None
+        return found
 
     def finish(self) -> Tensor:
         """Fill in the lower blocks; returns `gram`."""
@@ -87,6 +85,25 @@ class GramSum:
             corner = self.gram[first:last, first:last]
             corner.copy_(corner.triu() + corner.triu(1).t())
         return self.gram
+
+
+def _tokens(values: Tensor) -> Tensor:
+    return values.detach().reshape(-1, values.shape[-1])
+
+
+def _given(values: Tensor | None, name: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"{name} is missing: this sum keeps what it moved by")
+    return values
+
+
+def _accumulate(into: Tensor, moved: Tensor, x: Tensor, across: Tensor) -> None:
+    """Add moved^T x; `across` is x^T in float32."""
+    exact = x.dtype == torch.float32
+    left = moved.t().contiguous() if exact else moved.to(torch.bfloat16).t()
+    right = across if exact else x.to(torch.bfloat16)
+    for rows in _strips(left.shape[0], 1):
+        into[rows] += product_with(left[rows], right) if exact else left[rows] @ right
 
 
 def _strips(width: int, blocks: int) -> Iterator[slice]:

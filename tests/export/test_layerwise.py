@@ -125,7 +125,7 @@ def test_chunks_and_spilled_states_are_the_same(tmp_path: Path) -> None:
             assert torch.equal(values, kept.tensor(entry, name)), name
 
 
-def test_correction_is_that_of_the_original_models_inputs(tmp_path: Path) -> None:
+def test_correction_is_for_the_original_models_inputs_and_residual_stream(tmp_path: Path) -> None:
     """Against both models whole in memory, for the last layer's last stage; and in chunks."""
     folder = save_model(tmp_path / "m")
     settings = StageSettings(correction=1.0, refine=0)
@@ -138,16 +138,20 @@ def test_correction_is_that_of_the_original_models_inputs(tmp_path: Path) -> Non
             if module != name:
                 corrected.get_submodule(module).weight.copy_(values)
     y, x = inputs_of(original, name), inputs_of(corrected, name)
+    norm = "model.layers.1.post_attention_layernorm"  # which reads what down_proj's output is added to
+    behind = inputs_of(original, norm) - inputs_of(corrected, norm)
     weight = original.get_submodule(name).weight
     weight = weight.detach()
-    missing = missing_products({name: weight}, (y - x).t() @ x)
+    missing = missing_products({name: weight}, (y - x).t() @ x, behind.t() @ x)
     h = curvature(x.t() @ x)
     wanted = corrected_weight(weight, missing[name], h)
     expected = round_linears([wanted], h, SCHEME, refine=0)[0].linear.dequantize()
     # sums over the inputs are taken in another order, so that a tie falls to the other side now and then
     assert (found[name] != expected).float().mean() < 0.03
-    plain = round_linears([weight], h, SCHEME, refine=0)[0].linear.dequantize()
-    assert (found[name] != plain).float().mean() > 0.1
+    without = corrected_weight(weight, missing_products({name: weight}, (y - x).t() @ x)[name], h)
+    for other in (weight, without):
+        plain = round_linears([other], h, SCHEME, refine=0)[0].linear.dequantize()
+        assert (found[name] != plain).float().mean() > 0.1
     parts = dequantized(quantize(folder, tmp_path / "parts", settings=settings, at_once=1, in_memory=0))
     name = "model.layers.0.self_attn.o_proj"  # later ones are shifted by any tie that fell here
     assert (parts[name] != found[name]).float().mean() < 0.03

@@ -19,9 +19,10 @@ def test_stages_norms_and_links(architecture: str, tmp_path: Path) -> None:
     assert (structure.layers, structure.count) == ("model.layers", 2)
     assert structure.stages == (
         Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn"),
-        Stage(("self_attn.o_proj",), None, "self_attn", gives=2),  # and the weights of attention, None
+        # gives 2: and the weights of attention, None
+        Stage(("self_attn.o_proj",), None, "self_attn", gives=2, residual="input_layernorm"),
         Stage(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp"),
-        Stage(("mlp.down_proj",), None, "mlp", gives=1),
+        Stage(("mlp.down_proj",), None, "mlp", gives=1, residual="post_attention_layernorm"),
     )
     assert structure.links == (
         Link("self_attn.v_proj", "self_attn.o_proj", 16, 2),

@@ -183,8 +183,11 @@ def test_corrected_weight_is_the_least_squares_solution() -> None:
     y = x + 0.3 * torch.randn(512, 24, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     w, h = weight(6, 24), (x.t() @ x).float()
 
-    def found(strength: float) -> torch.Tensor:
-        missing = missing_products({"w": w}, ((y - x).t() @ x).float())
+    behind = 0.03 * inputs(512, 6, seed=10).double()  # what the residual stream lacks
+
+    def found(strength: float, lag: torch.Tensor | None = None) -> torch.Tensor:
+        residual = None if lag is None else (lag.t() @ x).float()
+        missing = missing_products({"w": w}, ((y - x).t() @ x).float(), residual)
         return corrected_weight(w, missing["w"], curvature(h.clone(), damp=1e-6), strength)
 
     expected = torch.linalg.lstsq(x, y @ w.double().t()).solution.t()
@@ -192,19 +195,30 @@ def test_corrected_weight_is_the_least_squares_solution() -> None:
     assert torch.allclose(found(1.0).double(), expected, atol=5e-4)
     assert torch.allclose(found(0.5).double(), (expected + w) / 2, atol=5e-4)
     assert torch.equal(found(0.0), w)
+    with_residual = torch.linalg.lstsq(x, behind + y @ w.double().t()).solution.t()
+    assert not torch.allclose(with_residual, expected, atol=5e-3)
+    # which moves weights by 0.035 in the mean and 0.3 at most
+    assert torch.allclose(found(1.0, behind).double(), with_residual, atol=2e-3)
 
 
 def test_gram_sum_is_the_sum_over_chunks() -> None:
     x, y = inputs(96, 520), inputs(96, 520, seed=5)
-    sums = GramSum(520, drift=True)
+    behind = inputs(96, 24, seed=6)
+    sums = GramSum(520, drift=True, outputs=24)
     for first in (0, 32, 64):
-        sums.add(x[first : first + 32].view(2, 16, 520), y[first : first + 32].view(2, 16, 520))
+        part = slice(first, first + 32)
+        sums.add(x[part].view(2, 16, 520), y[part].view(2, 16, 520), behind[part].view(2, 16, 24))
     expected = x.double().t() @ x.double()
     # float32 sums of 96 products of numbers up to about 30
     assert torch.allclose(sums.finish().double(), expected, rtol=1e-5, atol=0.02)
     assert torch.equal(sums.gram, sums.gram.t())
     moved = (y.double() - x.double()).t() @ x.double()
-    assert torch.allclose(sums.take_drift().double(), moved, rtol=1e-5, atol=0.02)
+    drift, residual_drift = sums.take_drift()
+    assert torch.allclose(drift.double(), moved, rtol=1e-5, atol=0.02)
+    assert residual_drift is not None
+    assert torch.allclose(residual_drift.double(), behind.double().t() @ x.double(), rtol=1e-5, atol=0.02)
+    with pytest.raises(ValueError, match="drift is missing"):
+        sums.take_drift()
     assert sums.tokens == 96
 
 
