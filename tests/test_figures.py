@@ -95,6 +95,33 @@ def _mib(row: dict[str, Any] | None) -> str:
     return "–" if row is None else f"{row['peak_bytes'] / 2**20:.0f}"
 
 
+def test_checkpoints_table() -> None:
+    found: dict[str, dict[str, dict[str, Any]]] = {"quality": {}, "serve": {}}
+    for row in result("checkpoints")["rows"]:
+        if row["status"] == "ok":
+            found[row["op"]].setdefault(row.get("checkpoint", row["variant"]), row["figures"])
+    names = ["bf16 merged", "bf16 (onto-original)", "GPTQ 4-bit, group 64", "AWQ 4-bit, group 64"]
+    table = lines_of(BENCHMARKS, "## The checkpoints of a run")
+    for name, (_, kl, score) in zip(names, table[:4], strict=True):
+        value = found["quality"][name]["KL"]["value"]
+        assert kl == (f"{value:.3f}" if value else "0")
+        task = found["serve"][name]["task score"]
+        low, high = task["interval"]
+        assert score == f"{100 * task['value']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]", name
+
+
+def test_exports_on_the_task() -> None:
+    sections = json.loads((ROOT / "docs" / "exports.json").read_text())["sections"]
+    lines = next(its["lines"] for its in sections if its["title"] == "exact checks")
+    table = lines_of(BENCHMARKS, "## The checkpoints of a run")[6:]
+    for (_, score, difference, verdict), line in zip(table, lines, strict=True):
+        assert score == f"{line['detail']}, {100 * line['value']['mean']:.1f} %"
+        against = line["difference"]
+        ends = [] if against is None else [100 * against[end] for end in ("mean", "low", "high")]
+        assert difference == ("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends) if ends else "")
+        assert verdict == (line["verdict"] or "")
+
+
 def test_demo_in_the_readme() -> None:
     sections = {
         its["title"]: its for its in json.loads((ROOT / "docs" / "demo.json").read_text())["sections"]

@@ -22,6 +22,7 @@ NAME = "model"  # under which the folder is served
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 through no proxy
 # what errors say that follow from one which stands elsewhere
 CONSEQUENCES = ("Engine core init", "EngineCore failed", "validation error for")
+WATCH = 'read _; kill -KILL "-$0" 2> /dev/null'  # its input ends with the process that holds the other end
 
 
 class ServerFailed(QtrainError):
@@ -130,12 +131,26 @@ def serving(
         process = subprocess.Popen(
             words, env=environment, cwd=log.parent, stdout=sink, stderr=sink, start_new_session=True
         )
-        try:
-            server = Server(f"http://127.0.0.1:{port}", timeout_s)
-            _wait(server, process, log, timeout_s)
-            yield server
-        finally:
-            _end(process)
+        with _killed_with_us(process.pid):
+            try:
+                server = Server(f"http://127.0.0.1:{port}", timeout_s)
+                _wait(server, process, log, timeout_s)
+                yield server
+            finally:
+                _end(process)
+
+
+@contextmanager
+def _killed_with_us(group: int) -> Iterator[None]:
+    """A process that outlives this one if this one is killed, and kills the group then."""
+    watch = subprocess.Popen(
+        ["/bin/sh", "-c", WATCH, str(group)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        watch.kill()
+        watch.communicate()
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -132,6 +133,31 @@ def test_a_server_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
             server.complete([9])
         pids = json.loads((tmp_path / "pids").read_text())
         assert all(alive(pid) for pid in pids)
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from qtrain.export_command.vllm_server import serving
+command, folder = Path(sys.argv[1]), Path(sys.argv[2])
+with serving(command, folder, dict(os.environ), log=folder / "log", options=(), timeout_s=30):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED, str(command(tmp_path)), str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        pids = json.loads((tmp_path / "pids").read_text())
+        assert all(alive(pid) for pid in pids)
+        process.kill()
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
