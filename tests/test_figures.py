@@ -123,9 +123,10 @@ def test_exports_on_the_task() -> None:
 
 
 def test_demo_in_the_readme() -> None:
-    sections = {
-        its["title"]: its for its in json.loads((ROOT / "docs" / "demo.json").read_text())["sections"]
-    }
+    demo = json.loads((ROOT / "docs" / "demo.json").read_text())
+    minutes, seconds = divmod(demo["make_demo"]["wall_s"], 60)
+    assert f"It took {minutes} min {seconds} s" in README
+    sections = {its["title"]: its for its in demo["sections"]}
     for title in ("exact checks", "preference accuracy"):
         for line in sections[title]["lines"]:
             low, high = (100 * line["value"][end] for end in ("low", "high"))
