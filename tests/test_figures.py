@@ -120,6 +120,8 @@ def test_exports_on_the_task() -> None:
         ends = [] if against is None else [100 * against[end] for end in ("mean", "low", "high")]
         assert difference == ("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends) if ends else "")
         assert verdict == (line["verdict"] or "")
+        assert f"{100 * line['value']['mean']:.1f} %" in README
+        assert difference in README
 
 
 def test_demo_in_the_readme() -> None:
