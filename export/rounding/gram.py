@@ -55,7 +55,7 @@ class GramSum:
         for first in range(0, x.shape[0], TOKENS):
             part = slice(first, first + TOKENS)
             across = x[part].t().to(torch.float32, memory_format=torch.contiguous_format)  # [K, T]
-            for rows in _strips(x.shape[1], BLOCKS):
+            for rows in _strips(x.shape[1], x.shape[1], BLOCKS):
                 self.gram[rows, rows.start :] += product_with(across[rows], across[rows.start :])  # above
             if self.drift is not None:
                 _accumulate(self.drift, _given(y, "reference")[part] - x[part], x[part], across)
@@ -102,11 +102,11 @@ def _accumulate(into: Tensor, moved: Tensor, x: Tensor, across: Tensor) -> None:
     exact = x.dtype == torch.float32
     left = moved.t().contiguous() if exact else moved.to(torch.bfloat16).t()
     right = across if exact else x.to(torch.bfloat16)
-    for rows in _strips(left.shape[0], 1):
+    for rows in _strips(into.shape[0], into.shape[1], 1):
         into[rows] += product_with(left[rows], right) if exact else left[rows] @ right
 
 
-def _strips(width: int, blocks: int) -> Iterator[slice]:
-    step = width if width <= SMALL else min(-(-width // blocks), max(1, AT_ONCE // width))
-    for first in range(0, width, step):
-        yield slice(first, min(first + step, width))
+def _strips(rows: int, width: int, blocks: int) -> Iterator[slice]:
+    step = rows if width <= SMALL else min(-(-rows // blocks), max(1, AT_ONCE // width))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
