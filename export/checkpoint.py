@@ -112,8 +112,7 @@ class Checkpoint:
         """
         wanted = list(names)
         for name in wanted:
-            if name not in self.specs:
-                raise ExportError(f"{self.folder} has no tensor {name}")
+            self._check_there(name)
         loaded: dict[str, Tensor] = {}
         for file in dict.fromkeys(self.file_of[name] for name in wanted):
             with self.reading(file) as reader:
@@ -130,9 +129,22 @@ class Checkpoint:
         return self.load([name], check=check)[name]
 
     def mapped(self, name: str) -> Tensor:
-        """One tensor as a view of its file: read where it is looked at; not checked for NaN."""
+        """One tensor as a view of its file: read where it is looked at; not checked for NaN.
+
+        Raises:
+            ExportError: no such tensor.
+        """
+        self._check_there(name)
         with self.reading(self.file_of[name]) as reader:
             return reader.get_tensor(name)
+
+    def check_finite(self, name: str) -> None:
+        """Refuse a tensor whose values are no numbers; only its pages of the file are read.
+
+        Raises:
+            ExportError: counts its NaN and infinities.
+        """
+        check_finite(name, self.mapped(name), self.folder / self.file_of[name])
 
     @contextlib.contextmanager
     def reading(self, file: str) -> Iterator[Any]:
@@ -151,6 +163,10 @@ class Checkpoint:
     def sha256(self, file: str) -> str:
         """Of one of the folder's files."""
         return sha256(self.folder / file)
+
+    def _check_there(self, name: str) -> None:
+        if name not in self.specs:
+            raise ExportError(f"{self.folder} has no tensor {name}; get the model again")
 
     def _check_head(self) -> None:
         packed = HEAD.removesuffix("weight")  # the parts of a quantised head have other names

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qtrain.errors import UserError
 from qtrain.export.checkpoint import Checkpoint
+from qtrain.export.completeness import check_complete
 from qtrain.export.disk import check_room, free_bytes, parse_size, size_text
 from qtrain.export.errors import ExportError
 from qtrain.export.lock import only_one
@@ -66,14 +67,15 @@ def export_merge(name: str, options: MergeOptions, console: Console) -> Path | N
     weights = merged_weights(source, options.base, options.dtype)
     tied = check_tied(weights)
     check_room(merged_bytes(weights), out)
+    unknown = _check_tensors(source, weights.checkpoint)
     for line in source.notes:
         _say(console, f"note: {line}")
     if options.dry_run:
         _show_plan(source, weights, out, shard, console)
         return None
     windows = held_out_windows(source, options.data, options.rows, options.tokens)
-    if windows.ids:
-        _check_measurable(source)
+    if windows.ids and unknown is not None:
+        raise ExportError(f"{unknown}; --rows 0 merges without measuring") from unknown
     with only_one(out), CheckpointWriter(out, max_shard_bytes=shard, force=options.force) as writer:
         with shard_progress(console, merged_bytes(weights)) as advance:
             write_merged(writer, weights, advance)
@@ -137,12 +139,17 @@ def _chosen_base(source: Source, choice: BaseChoice) -> BaseWeights:
     return "dequantized"
 
 
-def _check_measurable(source: Source) -> None:
-    """An architecture whose logits can't be computed is told of before anything is written."""
+def _check_tensors(source: Source, checkpoint: Checkpoint) -> ExportError | None:
+    """Refuse a base that lacks tensors; returns why its architecture can't be built, so not be measured."""
     try:
-        empty_model(source.base)
+        model = empty_model(source.base)
     except ExportError as error:
-        raise ExportError(f"{error}; --rows 0 merges without measuring") from error
+        source.notes.append(f"tensors are not compared with config.json: {error}")
+        return error
+    note = check_complete(checkpoint, model, renamed=True)
+    if note:
+        source.notes.append(note)
+    return None
 
 
 def _report(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qtrain.export.assemble import planned_specs
 from qtrain.export.calibration import Calibration
+from qtrain.export.completeness import check_complete, check_numbers
 from qtrain.export.containers import HEAD
 from qtrain.export.disk import check_room, parse_size
 from qtrain.export.errors import ExportError
@@ -87,6 +88,9 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
     check_tied(weights)
     compute = _compute(options)
     structure = find_structure(source.base)
+    note = check_complete(weights.checkpoint, structure.model)
+    if note:
+        source.notes.append(note)
     shapes = {module: (its.out_features, its.in_features) for module, its in structure.linears().items()}
     if settings.lm_head:
         shapes[HEAD] = _head_shape(weights)
@@ -103,6 +107,8 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
     packed = sum(spec.nbytes for spec in specs if spec.name not in weights.checkpoint.specs)
     # the journal holds the packed tensors too, until the checkpoint is there
     check_room(sum(spec.nbytes for spec in specs) + packed, out)
+    if not options.dry_run:
+        check_numbers(weights.checkpoint)
     return Job(
         source,
         options,

@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 
 from qtrain.errors import UserError
+from qtrain.export.completeness import check_complete
 from qtrain.export.disk import sha256
 from qtrain.export.merged_weights import MergedWeights
+from qtrain.export.nf4_base import empty_model
 from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
 from qtrain.export.structure import find_structure
 from qtrain.export.verify import Bounds, Verdict, check_gate, measure, parse_gate
@@ -61,6 +63,7 @@ def export_verify(folder: Path, options: VerifyOptions, console: Console) -> Ver
     quantized.check_complete()
     say(console, f"{folder}: {quantized.version}, {len(quantized.schemes)} packed modules")
     source, weights = _reference(folder, options, manifest)
+    check_complete(weights.checkpoint, empty_model(weights.folder))
     for line in source.notes:
         say(console, f"note: {line}")
     windows = _windows(source, options, manifest, weights)

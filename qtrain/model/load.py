@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,19 @@ class Base:
 
 
 def load_tokenizer(folder: str, settings: ModelSettings) -> Any:
-    """The tokenizer of a base model, with a pad token (padding is masked by position, so any will do)."""
+    """The tokenizer of a base model, with a pad token (padding is masked by position, so any will do).
+
+    Raises:
+        UserError: no such folder or hub name, or it has no tokenizer's files.
+    """
     with _loading(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    if not tokenizer("a", add_special_tokens=False).input_ids:  # made from config.json alone, it is empty
+        raise UserError(
+            f"model.name: {folder} holds no tokenizer's vocabulary (tokenizer.json, say); "
+            "copy the tokenizer's files of the model there"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -90,7 +99,7 @@ def _load_model(
     if not unpack:
         check_trainable(folder, config.to_dict())
     if packed_as(Path(folder), config.to_dict()) is None:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
@@ -98,13 +107,37 @@ def _load_model(
             device_map={"": compute.device},
             attn_implementation=attention.implementation,
             quantization_config=_quantization(settings, compute),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of below, in a line
         )
+        _check_loaded(folder, model, found)
         if compute.device.type == "cpu":
             detach_from_files(model)
         return model
     model = unpacked_model(base_on_disk(settings), compute.dtype, compute.device)
     model.set_attn_implementation(attention.implementation)
     return model
+
+
+def _check_loaded(folder: str, model: nn.Module, found: dict[str, Any]) -> None:
+    """Refuse a model that transformers filled up with random weights where the files had none that fit."""
+    for name, stored, expected in [*found["mismatched_keys"], *_mismatched_nf4(model)]:
+        raise UserError(
+            f"model.name: {name} of {folder} is {' x '.join(map(str, stored))}, and "
+            f"{' x '.join(map(str, expected))} by config.json; get the model again"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"model.name: {folder} holds no {missing[0]}{more}; get the model again")
+
+
+def _mismatched_nf4(model: nn.Module) -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+    """4-bit weights of another shape than their module's, which transformers 5.24 does not look for."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            yield f"{name}.weight", tuple(state.shape), (module.out_features, module.in_features)
 
 
 def _quantization(settings: ModelSettings, compute: Compute) -> BitsAndBytesConfig | None:

@@ -42,7 +42,7 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """A copy of the world's base whose tensors `change` has changed."""
     base = shutil.copytree(world / "base", place)
     tensors = load_file(base / "model.safetensors")

@@ -31,8 +31,40 @@ def test_nan_weights(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
     line = refused(capsys, "gptq", *words)
     assert "model.layers.1.mlp.up_proj.weight holds 1 NaN and 0 infinite values" in line
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]  # seen before the first layer: no journal
+
+
+def test_a_missing_tensor_and_one_of_another_shape(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][:100].clone()
+
+    lacks = damaged_base(world, tmp_path / "lacks", lambda tensors: tensors.pop(name))
+    short = damaged_base(world, tmp_path / "short", cut)
+    words = (*SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    assert f"lacks holds no {name}, which the model of its config.json has" in refused(
+        capsys, "gptq", lacks, *words
+    )
+    assert f"{name} is 100 x 64, and 128 x 64 by config.json" in refused(capsys, "awq", short, *words)
+    assert f"lacks holds no {name}" in refused(capsys, "merge", lacks, "--out", tmp_path / "out")
+    assert f"{name} is 100 x 64" in refused(capsys, "merge", short, "--out", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lacks", "short"]
+
+
+def test_a_folder_without_a_tokenizer(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    for path in base.glob("*token*"):
+        path.unlink()
+    words = (*SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    line = refused(capsys, "gptq", base, *words)
+    assert f"{base} holds no tokenizer's vocabulary" in line
+    assert "copy the tokenizer's files" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_values_beyond_float16_are_stored_in_bfloat16(

@@ -1,0 +1,79 @@
+"""Whether a folder's weight files hold the tensors of the model that its config.json describes.
+
+transformers fills what is missing with random numbers and a warning; a checkpoint made of such a folder would
+look whole.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .checkpoint import HEAD, Checkpoint
+from .errors import ExportError
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False) -> str | None:
+    """Hold the files' tensors against the model's; returns a note on tensors that the model has not.
+
+    Args:
+        model: its module tree, parameters on `meta`.
+        renamed: the files may have other names than the module tree (transformers converts some
+            architectures' while it loads them). Names that are not the model's then leave open what is
+            missing, but for a tensor that other layers have.
+
+    Raises:
+        ExportError: a tensor is missing, or has another shape.
+    """
+    expected = {name: tuple(its.shape) for name, its in model.state_dict().items()}
+    if checkpoint.ties_embeddings:
+        expected.pop(HEAD, None)
+    for name, shape in expected.items():
+        spec = checkpoint.specs.get(name)
+        if spec is not None and spec.shape != shape:
+            raise ExportError(
+                f"{checkpoint.folder / checkpoint.file_of[name]}: {name} is {_by(spec.shape)}, and "
+                f"{_by(shape)} by config.json; get the model again"
+            )
+    others = [name for name in checkpoint.specs if name not in expected and name != HEAD]
+    missing = [name for name in expected if name not in checkpoint.specs]
+    unclear = missing if renamed and others else []
+    if unclear:
+        in_some_layer = {_NUMBER.sub("*", name) for name in checkpoint.specs}
+        missing = [name for name in missing if _NUMBER.sub("*", name) in in_some_layer]
+    if missing:
+        raise ExportError(
+            f"{checkpoint.folder} holds no {_first_of(missing)}, which the model of its config.json has; "
+            "get the model again"
+        )
+    if not others:
+        return None
+    if unclear:
+        return (
+            f"transformers' model has other names than {checkpoint.folder}: whether {_first_of(unclear)} is "
+            f"missing, or is {_first_of(others)}, is not known"
+        )
+    return (
+        f"{checkpoint.folder} holds {_first_of(others)}, which the model of its config.json has not; "
+        "carried along as stored"
+    )
+
+
+def check_numbers(checkpoint: Checkpoint) -> None:
+    """Look for NaN and infinities in every tensor, one at a time.
+
+    Raises:
+        ExportError: names the tensor.
+    """
+    for name in checkpoint.specs:
+        checkpoint.check_finite(name)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def _first_of(names: list[str]) -> str:
+    return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else names[0]
