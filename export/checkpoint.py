@@ -53,20 +53,21 @@ class Checkpoint:
         """
         config = _json(folder / "config.json", "a model folder has one")
         if "quantization_config" in config and not quantized:
-            method = config["quantization_config"].get("quant_method", "?")
+            found = config["quantization_config"]
+            method = found.get("quant_method", "?") if isinstance(found, dict) else found
             raise ExportError(f"{folder} is quantised already ({method}); give the 16-bit model")
         files = _weight_files(folder)
         specs: dict[str, TensorSpec] = {}
         file_of: dict[str, str] = {}
         for file, listed in files.items():
-            found = read_specs(folder / file)
-            lost = sorted(set(listed) - set(found))
+            held = read_specs(folder / file)
+            lost = sorted(set(listed) - set(held))
             if lost:
                 raise ExportError(
                     f"{folder / file} does not hold {lost[0]}, which {INDEX} says; get it again"
                 )
-            for name in sorted(listed or found):
-                specs[name], file_of[name] = found[name], file
+            for name in sorted(listed or held):
+                specs[name], file_of[name] = held[name], file
         checkpoint = cls(folder, config, tuple(files), specs, file_of)
         checkpoint._check_head()
         return checkpoint

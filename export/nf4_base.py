@@ -62,7 +62,7 @@ def empty_model(folder: Path) -> Any:
     Code that a folder brings along is never run.
 
     Raises:
-        ExportError: transformers has no such architecture.
+        ExportError: transformers has no such architecture, or config.json has values that it can't take.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,8 +71,10 @@ def empty_model(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config).eval()
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of whatever kind: a wrong value is found where transformers uses it
+        reason = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ExportError(
             f"{folder}: transformers can't build this architecture ({reason}); "
             "Qwen2, Qwen3, Llama and Mistral are supported"

@@ -20,6 +20,7 @@ from qtrain.export.layerwise import Compute, native_dtype
 from qtrain.export.merge import check_tied, parse_dtype
 from qtrain.export.merged_weights import MergedWeights
 from qtrain.export.module_schemes import check_schemes, choose_schemes, reader_warnings
+from qtrain.export.nf4_base import empty_model
 from qtrain.export.structure import Structure, find_structure
 from qtrain.export.writer import check_free
 from qtrain.runs.manifest import versions
@@ -87,10 +88,10 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
     weights = merged_weights(source, options.base, "stored")
     check_tied(weights)
     compute = _compute(options)
-    structure = find_structure(source.base)
-    note = check_complete(weights.checkpoint, structure.model)
+    note = check_complete(weights.checkpoint, empty_model(source.base))
     if note:
         source.notes.append(note)
+    structure = find_structure(source.base)
     shapes = {module: (its.out_features, its.in_features) for module, its in structure.linears().items()}
     if settings.lm_head:
         shapes[HEAD] = _head_shape(weights)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -189,7 +190,7 @@ def _loading(folder: str) -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         remedy = "" if Path(folder).is_dir() else "; check the name and the network, or give a local folder"
         raise UserError(f"model.name: {folder} can't be loaded: {_first_line(error)}{remedy}") from error
     finally:
@@ -198,7 +199,9 @@ def _loading(folder: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError) or not lines:
+        return " ".join([type(error).__name__, *lines])
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -114,6 +114,27 @@ def test_an_architecture_without_decoder_layers_of_linears(
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"num_attention_heads": 3}, "by config.json; get the model again"),
+        ({"quantization_config": "4 bits"}, "is quantised already (4 bits)"),
+    ],
+)
+def test_values_of_config_that_can_not_be(
+    value: dict[str, object], said: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | value))
+    words = (base, *SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")
+    assert said in refused(capsys, "gptq", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_an_adapter_for_another_base(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save_tiny_base(tmp_path / "base", hidden_size=32, intermediate_size=128)
     words = (*SMALL, "--calib-data", world / "text.txt", "--out", tmp_path / "out")

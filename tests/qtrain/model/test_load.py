@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,25 @@ def test_a_tensor_of_another_shape(quantization: str, tmp_path: Path) -> None:
     base = _change(save_tiny_base(tmp_path / "base", intermediate_size=128), cut)
     with pytest.raises(UserError, match=rf"{UP} of .*base is 64 x \d+, and 128 x \d+ by config.json"):
         load_base(_settings(base, quantization))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"hidden_size": "wide"}, "'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+        ({"hidden_act": "foo"}, "KeyError 'foo'"),
+    ],
+)
+def test_values_of_config_that_transformers_can_not_take(
+    value: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | value))
+    with pytest.raises(UserError, match="can't be loaded: ") as refused:
+        load_base(_settings(base))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_tokenizer_without_a_vocabulary(tmp_path: Path) -> None:
