@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .agreement import ROWS, Agreement, agreement
-from .checkpoint import HEAD
+from .checkpoint import EMBEDDING, HEAD
 from .errors import ExportError, GateFailed
 from .merged_weights import MergedWeights
 from .quantized_checkpoint import QuantizedCheckpoint
@@ -154,10 +154,11 @@ def measure(
         device: where to compute, in float32.
 
     Raises:
-        ExportError: the folder is damaged.
+        ExportError: the folder is damaged, or the reference has another vocabulary.
     """
     quantized = QuantizedCheckpoint.open(folder)
     quantized.check_complete()
+    _check_vocabularies(reference, quantized)
     say("the reference")
     p = StreamedModel(reference.folder, remembering(reference.fetch, HEAD), device=device)
     p_states = p.hidden_states(windows)
@@ -168,6 +169,15 @@ def measure(
     found = agreement(windows, (p_states, p.logits), (q_states, q.logits))
     stops = None if ends is None else _stops(ends, (p_states, p), (q_states, q))
     return Verdict(found, stops, bounds)
+
+
+def _check_vocabularies(reference: MergedWeights, quantized: QuantizedCheckpoint) -> None:
+    p, q = reference.checkpoint, quantized.checkpoint
+    if p.specs[EMBEDDING].shape[0] != q.specs[EMBEDDING].shape[0]:
+        raise ExportError(
+            f"{p.folder} has {p.specs[EMBEDDING].shape[0]} tokens and {q.folder} "
+            f"{q.specs[EMBEDDING].shape[0]}: it was not made of it; name the model that it was made of"
+        )
 
 
 def check_gate(verdict: Verdict, place: Path) -> None:

@@ -196,10 +196,11 @@ def check_free(out: Path, *, force: bool) -> None:
     """Refuse to write over what is there.
 
     Raises:
-        ExportError: `out` exists and `force` is not set, or it is a file.
+        ExportError: `out` exists and `force` is not set, or it or a folder above it is a file.
     """
-    if out.is_file():
-        raise ExportError(f"{out} is a file; name a folder with --out")
+    for place in (out, *out.parents):
+        if place.is_file():
+            raise ExportError(f"{place} is a file; name a folder with --out")
     if out.exists() and not force and any(out.iterdir()):
         raise ExportError(f"{out} exists already; --force replaces it, --out names another folder")
 

@@ -145,6 +145,8 @@ def _reference(
 ) -> tuple[Source, MergedWeights]:
     if options.reference is not None:
         source = find_source(options.reference)
+        if _weights_changed(source, manifest):
+            source.notes.append(f"{source.base} is not the base that {folder} was made of (SHA-256 differs)")
         return source, merged_weights(source, "auto", "stored")
     base = manifest.get("base", {})
     name = manifest.get("run") or base.get("folder")
@@ -156,12 +158,7 @@ def _reference(
     if not Path(name).is_dir():
         raise UserError(f"{name}, which {folder} was made of, is gone; name it: --reference RUN|MODEL")
     source = find_source(name, None if adapter is None else Path(adapter))
-    recorded: dict[str, str] = base.get("files", {})
-    changed = [
-        file
-        for file, digest in recorded.items()
-        if file.endswith(".safetensors") and source.files.get(file) != digest
-    ]
+    changed = _weights_changed(source, manifest)
     if changed:
         raise UserError(
             f"{changed[0]} of {source.base} has changed since {folder} was made of it; "
@@ -169,6 +166,16 @@ def _reference(
         )
     weights = merged_weights(source, base.get("weights", "original"), "stored")
     return source, weights
+
+
+def _weights_changed(source: Source, manifest: Mapping[str, Any]) -> list[str]:
+    """The weight files of the manifest's base that are not the source's."""
+    recorded: dict[str, str] = manifest.get("base", {}).get("files", {})
+    return [
+        file
+        for file, digest in recorded.items()
+        if file.endswith(".safetensors") and source.files.get(file) != digest
+    ]
 
 
 def _windows(

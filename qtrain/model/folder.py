@@ -63,7 +63,7 @@ def base_on_disk(settings: ModelSettings) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{folder} can't be had from the hub: {reason}; "
+            f"{folder} is no folder here, and can't be had from the hub: {reason}; "
             "check the name and the network, or give a local folder"
         ) from error
 

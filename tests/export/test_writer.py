@@ -129,8 +129,9 @@ def test_a_folder_is_replaced_only_when_told_and_only_at_the_end(tmp_path: Path)
         assert (out / "mine.txt").exists()
         writer.publish()
     assert set(files_of(tmp_path)) == {"out/config.json"}
-    with pytest.raises(ExportError, match="is a file"):
-        CheckpointWriter(out / "config.json", force=True)
+    for inside in (out / "config.json", out / "config.json" / "below"):
+        with pytest.raises(ExportError, match=r"config.json is a file; name a folder with --out"):
+            CheckpointWriter(inside, force=True)
 
 
 def test_rejected_checkpoints_have_a_name_that_says_so(tmp_path: Path) -> None:

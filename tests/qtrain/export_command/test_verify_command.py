@@ -19,6 +19,7 @@ from qtrain.export.quantized_checkpoint import QuantizedCheckpoint
 from qtrain.export.streamed_model import StreamedModel
 from qtrain.export_command import verify_reader
 from qtrain.export_command.readers import Reading
+from tests.export.folders import save_model
 from tests.qtrain.tiny import save_tiny_base, write_rows
 
 SMALL = ("--group-size", "32", "--calib", "6", "--calib-length", "32")
@@ -245,6 +246,27 @@ def test_what_the_manifest_says_is_enough(
     (folder / "manifest.json").unlink()
     assert _run("verify", "awq") == 2
     assert "name it: --reference RUN|MODEL" in capsys.readouterr().err
+
+
+def test_a_reference_that_it_was_not_made_of(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("verify", world / "gptq", "--data", world / "rows.jsonl", "--gate", "off", "--reference")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    other = save_tiny_base(tmp_path / "other", seed=1, **sizes)
+    capsys.readouterr()
+    assert _run(*words, other) == 0
+    text = capsys.readouterr().out
+    assert f"note: {other} is not the base that {world / 'gptq'} was made of (SHA-256 differs)" in text
+    assert _run(*words, world / "base") == 0
+    assert "SHA-256 differs" not in capsys.readouterr().out
+
+    larger = save_model(shutil.copytree(world / "base", tmp_path / "larger"), shard="1GB", vocab_size=5000)
+    capsys.readouterr()
+    assert _run(*words, larger) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {larger} has 5000 tokens and {world / 'gptq'} " in error
+    assert "name the model that it was made of" in error
 
 
 def test_more_rows_than_the_export_was_measured_on(
