@@ -124,6 +124,21 @@ def test_exports_on_the_task() -> None:
         assert difference in README
 
 
+def test_export_memory_table() -> None:
+    rows = result("gptq-memory")["rows"]
+    expected = [
+        [
+            str(row["shape"]["layers"]),
+            f"{row['figures']['memory'] / 2**20:.0f}",
+            f"{row['figures']['memory'] / 1e9:.2f}",
+            f"{row['figures']['CPU time']:.0f}",
+        ]
+        for row in rows
+    ]
+    assert lines_of(BENCHMARKS, "## Memory of an export at 7B") == expected
+    assert all(row["figures"]["memory"] < 6e9 for row in rows)
+
+
 def test_demo_in_the_readme() -> None:
     demo = json.loads((ROOT / "docs" / "demo.json").read_text())
     minutes, seconds = divmod(demo["make_demo"]["wall_s"], 60)
