@@ -69,7 +69,8 @@ class ChatTemplate:
         if asked is None:
             if not own:
                 raise UserError(
-                    "the tokenizer has no chat template: set data.chat_template to chatml or to a Jinja file"
+                    "the tokenizer has no chat template: for a run, set data.chat_template to chatml or to a "
+                    "Jinja file; to measure or export a model, put a chat_template.jinja into its folder"
                 )
             try:
                 return str(self._tokenizer.get_chat_template())

@@ -206,7 +206,7 @@ def test_a_default_system_message_is_context_and_gives_way(make_tokenizer, talk)
 
 def test_no_template_is_an_error_that_names_the_way_out(make_tokenizer, talk, tmp_path: Path):
     tokenizer = make_tokenizer(None)
-    with pytest.raises(UserError, match=r"no chat template: set data.chat_template to chatml"):
+    with pytest.raises(UserError, match=r"no chat template: for a run, set data.chat_template to chatml"):
         encoder_for(tokenizer)
     row = talk(("user", "q"), ("assistant", "a"))
     assert learnt(tokenizer, encoder_for(tokenizer, chat_template="chatml").encode(row)) == "a<|im_end|>"
