@@ -1,4 +1,4 @@
-"""Whether a folder's weight files hold the tensors of the model that its config.json describes.
+"""Whether weight files hold the tensors of the model that their config.json describes, and numbers in them.
 
 transformers fills what is missing with random numbers and a warning; a checkpoint made of such a folder would
 look whole.
@@ -20,9 +20,9 @@ def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False)
 
     Args:
         model: its module tree, parameters on `meta`.
-        renamed: the files may have other names than the module tree (transformers converts some
-            architectures' while it loads them). Names that are not the model's then leave open what is
-            missing, but for a tensor that other layers have.
+        renamed: the files may have other names and shapes than the module tree (transformers converts some
+            architectures' while it loads them). Where there are names that are not the model's, only a
+            tensor that other layers have is missing then, and shapes are not compared.
 
     Raises:
         ExportError: a tensor is missing, or has another shape.
@@ -30,17 +30,12 @@ def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False)
     expected = {name: tuple(its.shape) for name, its in model.state_dict().items()}
     if checkpoint.ties_embeddings:
         expected.pop(HEAD, None)
-    for name, shape in expected.items():
-        spec = checkpoint.specs.get(name)
-        if spec is not None and spec.shape != shape:
-            raise ExportError(
-                f"{checkpoint.folder / checkpoint.file_of[name]}: {name} is {_by(spec.shape)}, and "
-                f"{_by(shape)} by config.json; get the model again"
-            )
     others = [name for name in checkpoint.specs if name not in expected and name != HEAD]
     missing = [name for name in expected if name not in checkpoint.specs]
     unclear = missing if renamed and others else []
-    if unclear:
+    if not unclear:
+        _check_shapes(checkpoint, expected)
+    else:
         in_some_layer = {_NUMBER.sub("*", name) for name in checkpoint.specs}
         missing = [name for name in missing if _NUMBER.sub("*", name) in in_some_layer]
     if missing:
@@ -59,6 +54,16 @@ def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False)
         f"{checkpoint.folder} holds {_first_of(others)}, which the model of its config.json has not; "
         "carried along as stored"
     )
+
+
+def _check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        spec = checkpoint.specs.get(name)
+        if spec is not None and spec.shape != shape:
+            raise ExportError(
+                f"{checkpoint.folder / checkpoint.file_of[name]}: {name} is {_by(spec.shape)}, and "
+                f"{_by(shape)} by config.json; get the model again"
+            )
 
 
 def check_numbers(checkpoint: Checkpoint) -> None:
