@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -190,6 +191,11 @@ def _loading(folder: str) -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
+    except SafetensorError as error:
+        raise UserError(
+            f"model.name: a weight file of {folder} is damaged ({_first_line(error)}); "
+            "get the model again"
+        ) from error
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         remedy = "" if Path(folder).is_dir() else "; check the name and the network, or give a local folder"
         raise UserError(f"model.name: {folder} can't be loaded: {_first_line(error)}{remedy}") from error

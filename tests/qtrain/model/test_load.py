@@ -48,6 +48,14 @@ def test_a_tensor_of_another_shape(quantization: str, tmp_path: Path) -> None:
         load_base(_settings(base, quantization))
 
 
+def test_a_damaged_weight_file(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"a weight file of .*base is damaged .*; get the model again"):
+        load_base(_settings(base))
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
