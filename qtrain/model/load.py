@@ -193,8 +193,7 @@ def _loading(folder: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(
-            f"model.name: a weight file of {folder} is damaged ({_first_line(error)}); "
-            "get the model again"
+            f"model.name: a weight file of {folder} is damaged ({_first_line(error)}); get the model again"
         ) from error
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         remedy = "" if Path(folder).is_dir() else "; check the name and the network, or give a local folder"
