@@ -48,7 +48,7 @@ def load_tokenizer(folder: str, settings: ModelSettings) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    if not tokenizer("a", add_special_tokens=False).input_ids:  # made from config.json alone, it is empty
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of config.json alone
         raise UserError(
             f"model.name: {folder} holds no tokenizer's vocabulary (tokenizer.json, say); "
             "copy the tokenizer's files of the model there"
