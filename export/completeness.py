@@ -11,8 +11,17 @@ from typing import Any
 
 from .checkpoint import HEAD, Checkpoint
 from .errors import ExportError
+from .tensors import shape_text
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def expected_tensors(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the model reads; a head that is tied to the embedding is none."""
+    expected = {name: tuple(its.shape) for name, its in model.state_dict().items()}
+    if checkpoint.ties_embeddings:
+        expected.pop(HEAD, None)
+    return expected
 
 
 def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False) -> str | None:
@@ -27,9 +36,7 @@ def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False)
     Raises:
         ExportError: a tensor is missing, or has another shape.
     """
-    expected = {name: tuple(its.shape) for name, its in model.state_dict().items()}
-    if checkpoint.ties_embeddings:
-        expected.pop(HEAD, None)
+    expected = expected_tensors(checkpoint, model)
     others = [name for name in checkpoint.specs if name not in expected and name != HEAD]
     missing = [name for name in expected if name not in checkpoint.specs]
     unclear = missing if renamed and others else []
@@ -40,18 +47,18 @@ def check_complete(checkpoint: Checkpoint, model: Any, *, renamed: bool = False)
         missing = [name for name in missing if _NUMBER.sub("*", name) in in_some_layer]
     if missing:
         raise ExportError(
-            f"{checkpoint.folder} holds no {_first_of(missing)}, which the model of its config.json has; "
+            f"{checkpoint.folder} holds no {first_of(missing)}, which the model of its config.json has; "
             "get the model again"
         )
     if not others:
         return None
     if unclear:
         return (
-            f"transformers' model has other names than {checkpoint.folder}: whether {_first_of(unclear)} is "
-            f"missing, or is {_first_of(others)}, is not known"
+            f"transformers' model has other names than {checkpoint.folder}: whether {first_of(unclear)} is "
+            f"missing, or is {first_of(others)}, is not known"
         )
     return (
-        f"{checkpoint.folder} holds {_first_of(others)}, which the model of its config.json has not; "
+        f"{checkpoint.folder} holds {first_of(others)}, which the model of its config.json has not; "
         "carried along as stored"
     )
 
@@ -61,8 +68,8 @@ def _check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) 
         spec = checkpoint.specs.get(name)
         if spec is not None and spec.shape != shape:
             raise ExportError(
-                f"{checkpoint.folder / checkpoint.file_of[name]}: {name} is {_by(spec.shape)}, and "
-                f"{_by(shape)} by config.json; get the model again"
+                f"{checkpoint.folder / checkpoint.file_of[name]}: {name} is {shape_text(spec.shape)}, and "
+                f"{shape_text(shape)} by config.json; get the model again"
             )
 
 
@@ -76,9 +83,6 @@ def check_numbers(checkpoint: Checkpoint) -> None:
         checkpoint.check_finite(name)
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "a single number"
-
-
-def _first_of(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
+    """The first name, and how many more there are, for messages."""
     return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else names[0]

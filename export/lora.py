@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .disk import sha256
 from .errors import ExportError
-from .tensors import TensorSpec, check_finite, read_specs
+from .tensors import TensorSpec, check_finite, read_specs, shape_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -95,7 +95,7 @@ class Adapter:
             if spec.shape != (n, k):
                 raise ExportError(
                     f"the adapter in {self.folder} is for another base: {module} is {n} x {k} there and "
-                    f"{' x '.join(map(str, spec.shape))} in {base}; give the base that it was trained on"
+                    f"{shape_text(spec.shape)} in {base}; give the base that it was trained on"
                 )
 
     def scaling(self, module: str) -> float:

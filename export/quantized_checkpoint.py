@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .containers import HEAD, MARKS, PARTS, SCALES, Container, packed_specs
+from .completeness import expected_tensors
+from .containers import MARKS, PARTS, SCALES, Container, packed_specs
 from .errors import ExportError
 from .formats import awq, compressed_tensors, gptq
 from .formats.quantized import QuantizedLinear
@@ -69,14 +70,12 @@ class QuantizedCheckpoint:
             ExportError: names the first tensor that is missing or has another shape.
         """
         folder, specs = self.checkpoint.folder, self.checkpoint.specs
-        for name, parameter in empty_model(folder).named_parameters():
-            module, shape = name.removesuffix(".weight"), tuple(parameter.shape)
+        for name, shape in expected_tensors(self.checkpoint, empty_model(folder)).items():
+            module = name.removesuffix(".weight")
             if name.endswith(".weight") and module in self.schemes:
                 rows, columns = shape
                 expected = packed_specs(self.container, module, (rows, columns), self.schemes[module])
                 wanted = {its.name: its.shape for its in expected}
-            elif name == f"{HEAD}.weight" and self.checkpoint.ties_embeddings:
-                continue
             else:
                 wanted = {name: shape}
             for tensor, its in wanted.items():
@@ -99,11 +98,10 @@ class QuantizedCheckpoint:
             return self.dequantized(module)
         if name not in self.checkpoint.specs:
             raise ExportError(f"{self.checkpoint.folder} has no tensor {name}; export or get the model again")
-        tensor = self.checkpoint.mapped(name)
         if name not in self._finite:
-            check_finite(name, tensor, self.checkpoint.folder / self.checkpoint.file_of[name])
+            self.checkpoint.check_finite(name)
             self._finite.add(name)
-        return tensor
+        return self.checkpoint.mapped(name)
 
     def dequantized(self, module: str) -> Tensor:
         """W of a packed module, [N, K] float32; scales of whatever float dtype are used as they are."""

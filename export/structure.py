@@ -103,14 +103,17 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def find_structure(folder: Path) -> Structure:
+def find_structure(folder: Path, model: Any = None) -> Structure:
     """Read the structure from a model folder's config.json and transformers' classes.
+
+    Args:
+        model: the folder's `empty_model`, where it is there already.
 
     Raises:
         ExportError: transformers has no such architecture, or its layers are not made of linear modules
             that are all alike.
     """
-    model = empty_model(folder)
+    model = empty_model(folder) if model is None else model
     layers = _decoder_layers(model)
     _check_supported(folder, model, layers)
     calls = layer_calls(model, layers, torch.ones(1, 4, model.config.hidden_size))

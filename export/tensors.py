@@ -122,6 +122,11 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """A tensor's shape, for messages."""
+    return " x ".join(map(str, shape)) or "a single number"
+
+
 def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """As the safetensors library lays tensors out in a file."""
     return sorted(specs, key=lambda spec: (-_RANK.index(_NAMES[spec.dtype]), spec.name))

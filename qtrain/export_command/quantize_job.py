@@ -88,10 +88,11 @@ def prepare(name: str, options: QuantizeOptions, console: Console) -> Job:
     weights = merged_weights(source, options.base, "stored")
     check_tied(weights)
     compute = _compute(options)
-    note = check_complete(weights.checkpoint, empty_model(source.base))
+    model = empty_model(source.base)
+    note = check_complete(weights.checkpoint, model)
     if note:
         source.notes.append(note)
-    structure = find_structure(source.base)
+    structure = find_structure(source.base, model)
     shapes = {module: (its.out_features, its.in_features) for module, its in structure.linears().items()}
     if settings.lm_head:
         shapes[HEAD] = _head_shape(weights)

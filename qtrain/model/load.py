@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from qtrain.errors import UserError
+from qtrain.export.completeness import first_of
+from qtrain.export.tensors import shape_text
 from qtrain.export.unpacked_model import unpacked_model
 from qtrain.kernels.choice import Backend
 from qtrain.recipe.schema import ModelSettings
@@ -125,13 +127,12 @@ def _check_loaded(folder: str, model: nn.Module, found: dict[str, Any]) -> None:
     """Refuse a model that transformers filled up with random weights where the files had none that fit."""
     for name, stored, expected in [*found["mismatched_keys"], *_mismatched_nf4(model)]:
         raise UserError(
-            f"model.name: {name} of {folder} is {' x '.join(map(str, stored))}, and "
-            f"{' x '.join(map(str, expected))} by config.json; get the model again"
+            f"model.name: {name} of {folder} is {shape_text(stored)}, and {shape_text(expected)} by "
+            "config.json; get the model again"
         )
     missing = sorted(found["missing_keys"])
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"model.name: {folder} holds no {missing[0]}{more}; get the model again")
+        raise UserError(f"model.name: {folder} holds no {first_of(missing)}; get the model again")
 
 
 def _mismatched_nf4(model: nn.Module) -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:

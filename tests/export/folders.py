@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 
@@ -62,6 +63,14 @@ def one_file(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> P
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"} | config))
+    return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Rewrite a folder's only weight file with what `change` makes of its tensors; returns the folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qtrain.export.checkpoint import Checkpoint
 from qtrain.export.completeness import check_complete, check_numbers
 from qtrain.export.errors import ExportError
 from qtrain.export.nf4_base import empty_model
-from tests.export.folders import ARCHITECTURES, save_model
+from tests.export.folders import ARCHITECTURES, change_tensors, save_model
 
 Change = Callable[[dict[str, torch.Tensor]], object]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -26,11 +26,7 @@ def _checked(folder: Path, *, renamed: bool = False) -> str | None:
 
 def _changed(folder: Path, change: Change, architecture: str = "qwen2") -> Path:
     """A model folder of one file whose tensors `change` has changed."""
-    save_model(folder, architecture, shard="1GB")
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return change_tensors(save_model(folder, architecture, shard="1GB"), change)
 
 
 @pytest.mark.parametrize("renamed", [False, True])

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qtrain.cli import main
 from qtrain.runs.manifest import base_hashes
 from qtrain.runs.rundir import RunDir
+from tests.export.folders import change_tensors
 from tests.qtrain.tiny import save_tiny_base, save_tiny_run, write_rows
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}  # groups of 32 and 64 fit
@@ -44,11 +44,7 @@ def make_world(folder: Path) -> Path:
 
 def damaged_base(world: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """A copy of the world's base whose tensors `change` has changed."""
-    base = shutil.copytree(world / "base", place)
-    tensors = load_file(base / "model.safetensors")
-    change(tensors)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    return base
+    return change_tensors(shutil.copytree(world / "base", place), change)
 
 
 def export(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

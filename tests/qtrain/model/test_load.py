@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qtrain.errors import UserError
 from qtrain.model.load import load_base, load_tokenizer
 from qtrain.recipe.schema import ModelSettings
+from tests.export.folders import change_tensors
 from tests.qtrain.tiny import save_tiny_base
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -22,18 +21,11 @@ def _settings(base: Path, quantization: str = "none") -> ModelSettings:
     return ModelSettings.model_validate({"name": str(base), "quantization": quantization})
 
 
-def _change(base: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    tensors = load_file(base / "model.safetensors")
-    change(tensors)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    return base
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_random_weights_are_not_trained_on_in_place_of_missing_ones(
     quantization: str, tmp_path: Path
 ) -> None:
-    base = _change(save_tiny_base(tmp_path / "base"), lambda tensors: tensors.pop(UP))
+    base = change_tensors(save_tiny_base(tmp_path / "base"), lambda tensors: tensors.pop(UP))
     with pytest.raises(UserError, match=rf"base holds no {UP}; get the model again"):
         load_base(_settings(base, quantization))
 
@@ -43,7 +35,7 @@ def test_a_tensor_of_another_shape(quantization: str, tmp_path: Path) -> None:
     def cut(tensors: dict[str, torch.Tensor]) -> None:
         tensors[UP] = tensors[UP][:64].clone()
 
-    base = _change(save_tiny_base(tmp_path / "base", intermediate_size=128), cut)
+    base = change_tensors(save_tiny_base(tmp_path / "base", intermediate_size=128), cut)
     with pytest.raises(UserError, match=rf"{UP} of .*base is 64 x \d+, and 128 x \d+ by config.json"):
         load_base(_settings(base, quantization))
 
